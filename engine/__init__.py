@@ -1,0 +1,33 @@
+"""DiffPO refinement engine: a small language model corrects whole draft answers in parallel Jacobi steps.
+
+Importing this package loads no model, starts no thread and opens no file.
+"""
+
+import logging
+
+from engine.errors import (
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    NonFiniteLogits,
+    RequestTooLong,
+    UnsupportedModel,
+)
+from engine.options import RefineOptions
+from engine.refiner import Refiner
+from engine.request import Request, Result
+
+logging.getLogger("engine").addHandler(logging.NullHandler())
+
+__all__ = [
+    "EngineDead",
+    "EngineError",
+    "InvalidRequest",
+    "NonFiniteLogits",
+    "RefineOptions",
+    "Refiner",
+    "Request",
+    "RequestTooLong",
+    "Result",
+    "UnsupportedModel",
+]

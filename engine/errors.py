@@ -1,0 +1,25 @@
+"""Typed errors. Each message says what was got, what was expected and what to do."""
+
+
+class EngineError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class InvalidRequest(EngineError):
+    """One request cannot be served as it is; the others are unaffected."""
+
+
+class RequestTooLong(InvalidRequest):
+    """Prompt and answer do not fit the model's positions or the KV pool."""
+
+
+class NonFiniteLogits(EngineError):
+    """The model produced only NaN for a position; that request ends, the others go on."""
+
+
+class UnsupportedModel(EngineError):
+    """A checkpoint needs something the engine does not implement; raised when it is loaded."""
+
+
+class EngineDead(EngineError):
+    """The refiner was closed, or failed in a way that left its state unusable."""

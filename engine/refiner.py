@@ -1,0 +1,287 @@
+"""The public API: load a refiner, refine many answers at once, close it."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from engine.errors import EngineDead, EngineError, InvalidRequest, NonFiniteLogits, RequestTooLong, UnsupportedModel
+from engine.jacobi import JacobiSequence, Vocabulary
+from engine.kernels import PAGE_SIZE
+from engine.kv_cache import pages_for
+from engine.model import CausalModel, Decoder
+from engine.options import RefineOptions
+from engine.request import Request, Result
+from engine.scheduler import Scheduler
+from engine.text import TextCodec, load_tokenizer
+from engine.weights import resolve_checkpoint
+from engine.window import knee_rows
+
+logger = logging.getLogger("engine.refiner")
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "refiner_checkpoint"
+"""The small refiner that ships with the package."""
+
+RequestLike = Request | Mapping[str, Any]
+Backend = Literal["auto", "lean", "hf"]
+
+
+class Refiner:
+    """A refiner model with its KV cache. ``refine`` and ``stream`` may be called from several threads: they take turns.
+
+    Close it, or use it in a ``with`` block, to free the weights and the cache.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        vocabulary: Vocabulary,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_batch_tokens: int = 2048,
+        kv_cache_tokens: int = 65536,
+        max_batch_size: int = 64,
+    ) -> None:
+        """``max_batch_tokens``: rows of one forward pass; ``kv_cache_tokens``: positions the KV pool holds, rounded up to
+        pages of 32; ``max_batch_size``: sequences that run at once."""
+        for name, value in (
+            ("max_batch_tokens", max_batch_tokens),
+            ("kv_cache_tokens", kv_cache_tokens),
+            ("max_batch_size", max_batch_size),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        cache = model.new_cache(pages_for(kv_cache_tokens))
+        self._scheduler: Scheduler | None = Scheduler(model, cache, max_batch_tokens, max_batch_size)
+        self._codec = TextCodec(tokenizer, vocabulary)
+        self._knee = knee_rows(model.device)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path | None = None,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        max_batch_tokens: int = 2048,
+        kv_cache_tokens: int = 65536,
+        max_batch_size: int = 64,
+        backend: Backend = "auto",
+        trust_remote_code: bool = False,
+    ) -> "Refiner":
+        """Loads a checkpoint folder or hub id (default: the refiner that ships).
+
+        ``backend="lean"`` is the engine's own decoder, ``"hf"`` runs the transformers modules; "auto" takes the lean one
+        where it supports the model. Raises UnsupportedModel, FileNotFoundError or ValueError.
+        """
+        folder = resolve_checkpoint(path_or_hub_id if path_or_hub_id is not None else DEFAULT_CHECKPOINT)
+        if backend not in ("auto", "lean", "hf"):
+            raise ValueError(f'backend must be "auto", "lean" or "hf", got {backend!r}')
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = _load_model(folder, config, _dtype(dtype), torch.device(device), backend, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        return cls(
+            model,
+            read_vocabulary(folder, config, tokenizer),
+            tokenizer,
+            max_batch_tokens=max_batch_tokens,
+            kv_cache_tokens=kv_cache_tokens,
+            max_batch_size=max_batch_size,
+        )
+
+    def refine(self, requests: Iterable[RequestLike], options: RefineOptions | None = None) -> list[Result]:
+        """Refines all requests, in the order given; a bad request gets a result with its error, the others go on."""
+        return list(self.stream(requests, options))
+
+    def stream(
+        self, requests: Iterable[RequestLike], options: RefineOptions | None = None, *, ordered: bool = True
+    ) -> Iterator[Result]:
+        """Yields results while later requests are still being read, in input order or as they finish.
+
+        Requests are taken from the iterable only as fast as they are worked on, so it may be endless.
+        """
+        options = options or RefineOptions()
+        with self._lock:
+            run = _Run(self._alive(), options, self._sequence, self._codec.decode)
+            try:
+                if ordered:
+                    yield from _in_order(run.results(iter(requests)))
+                else:
+                    yield from run.results(iter(requests))
+            finally:
+                run.cancel()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the KV pool has lost a page or given one to two sequences."""
+        with self._lock:
+            self._alive().check_integrity()
+
+    def close(self) -> None:
+        """Frees weights and cache; waits for a call in another thread to end. May be called again."""
+        with self._lock:
+            self._scheduler = None
+
+    def __enter__(self) -> "Refiner":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _alive(self) -> Scheduler:
+        if self._scheduler is None:
+            raise EngineDead("this Refiner is closed: load a new one")
+        return self._scheduler
+
+    def _sequence(self, request: Request, options: RefineOptions) -> JacobiSequence:
+        scheduler = self._alive()
+        prompt, draft = self._codec.encode(request, options.condition)
+        seed = options.seed if request.seed is None else request.seed
+        sequence = JacobiSequence(prompt, draft, options, self._codec.vocabulary, self._knee, seed)
+        need = f"prompt of {len(prompt)} tokens + max_new_tokens {options.max_new_tokens} = {sequence.longest}"
+        if sequence.longest > scheduler.model.max_positions:
+            limit = scheduler.model.max_positions
+            raise RequestTooLong(f"{need} exceeds the model's {limit} positions: shorten the prompt or max_new_tokens")
+        pool = scheduler.cache.pool.size
+        if pages_for(sequence.longest) > pool:
+            raise RequestTooLong(
+                f"{need} exceeds the KV pool of {pool * PAGE_SIZE} tokens: raise kv_cache_tokens or shorten the request"
+            )
+        return sequence
+
+
+class _Run:
+    """One call of ``stream``: its requests on their way through the scheduler."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        options: RefineOptions,
+        make: Callable[[Request, RefineOptions], JacobiSequence],
+        decode: Callable[[list[int]], str | None],
+    ) -> None:
+        self.scheduler = scheduler
+        self.options = options
+        self.make = make
+        self.decode = decode
+        self.open: dict[int, tuple[int, Request, JacobiSequence]] = {}  # by id of the sequence
+
+    def results(self, requests: Iterator[RequestLike]) -> Iterator[Result]:
+        """Results as they finish."""
+        index, more = 0, True
+        while more or self.open:
+            while more and self.scheduler.load < self.scheduler.max_batch_size:
+                try:
+                    value = next(requests)
+                except StopIteration:
+                    more = False
+                    break
+                failed = self._admit(index, value)
+                index += 1
+                if failed:
+                    yield failed
+            for sequence in self.scheduler.step() if self.open else ():
+                yield self._result(*self.open.pop(id(sequence)))
+
+    def cancel(self) -> None:
+        """Gives back what unfinished sequences hold; after a normal end there are none."""
+        for _, _, sequence in self.open.values():
+            self.scheduler.cancel(sequence)
+        self.open.clear()
+
+    def _admit(self, index: int, value: RequestLike) -> Result | None:
+        identity, metadata = _identity(value, index)
+        try:
+            request = Request.parse(value)
+            sequence = self.make(request, self.options)
+        except InvalidRequest as error:
+            return Result(id=identity, index=index, error=error, metadata=metadata)
+        self.open[id(sequence)] = (index, request, sequence)
+        self.scheduler.add(sequence)
+        return None
+
+    def _result(self, index: int, request: Request, sequence: JacobiSequence) -> Result:
+        identity = index if request.id is None else request.id
+        reason = sequence.finish_reason
+        assert reason is not None
+        failed: EngineError | None = None
+        if reason == "error":
+            failed = NonFiniteLogits(
+                f"the model's logits are NaN at response position {len(sequence.final)}: check the weights and the dtype"
+            )
+        return Result(
+            id=identity,
+            index=index,
+            text=None if failed else self.decode(sequence.final),
+            token_ids=[] if failed else sequence.final,
+            steps=sequence.steps,
+            converged=sequence.converged and not failed,
+            forward_tokens=sequence.forward_tokens,
+            finish_reason=reason,
+            error=failed,
+            metadata=request.metadata,
+        )
+
+
+def _identity(value: object, index: int) -> tuple[str | int, dict[str, Any]]:
+    """The id and metadata of a request that may not even be one."""
+    get = value.get if isinstance(value, Mapping) else lambda name: getattr(value, name, None)
+    identity, metadata = get("id"), get("metadata")
+    valid = isinstance(identity, str | int) and not isinstance(identity, bool)
+    return identity if valid else index, metadata if isinstance(metadata, dict) else {}
+
+
+def _in_order(results: Iterator[Result]) -> Iterator[Result]:
+    early: dict[int, Result] = {}
+    due = 0
+    for result in results:
+        early[result.index] = result
+        while due in early:
+            yield early.pop(due)
+            due += 1
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if value not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
+    return value
+
+
+def _load_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, backend: Backend, remote: bool
+) -> CausalModel:
+    if backend != "hf":
+        try:
+            return Decoder.load(folder, config, dtype, device)
+        except UnsupportedModel as error:
+            if backend == "lean":
+                raise
+            logger.info("falling back to the transformers modules: %s", error)
+    from engine.hf import HFModel
+
+    return HFModel.load(folder, dtype, device, remote)
+
+
+def read_vocabulary(
+    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Vocabulary:
+    """EOS and pad ids as transformers' generate takes them: generation config first, then the model's, then the tokenizer's."""
+    sources: list[Any] = [config, tokenizer]
+    if (folder / "generation_config.json").exists():
+        sources.insert(0, GenerationConfig.from_pretrained(folder))
+
+    def first(name: str) -> Any:
+        return next((v for s in sources if (v := getattr(s, name, None)) is not None), None)
+
+    eos = first("eos_token_id")
+    eos_ids = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+    pad = first("pad_token_id")
+    if isinstance(pad, list) or pad is None or not 0 <= pad < config.vocab_size:
+        pad = min(eos_ids, default=0)
+    return Vocabulary(config.vocab_size, eos_ids, int(pad))

@@ -1,0 +1,124 @@
+"""Continuous batching: at every step finished sequences leave, waiting ones enter, and what runs is packed together."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from engine.batch import Feed, StepBatch
+from engine.jacobi import JacobiSequence
+from engine.kernels import linear_argmax
+from engine.kv_cache import KVCache, pages_for
+from engine.model import CausalModel
+from engine.sampling import sample
+
+
+class Scheduler:
+    """Runs sequences to their end on one model and one KV cache. Not thread-safe: one caller at a time."""
+
+    def __init__(self, model: CausalModel, cache: KVCache, max_batch_tokens: int, max_batch_size: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_size = max_batch_size
+        self.waiting: deque[JacobiSequence] = deque()
+        self.running: deque[JacobiSequence] = deque()
+
+    @property
+    def load(self) -> int:
+        """Sequences waiting or running."""
+        return len(self.waiting) + len(self.running)
+
+    def add(self, sequence: JacobiSequence) -> None:
+        """Queues a sequence; it must fit the pool when that is empty."""
+        assert pages_for(sequence.longest) <= self.cache.pool.size
+        self.waiting.append(sequence)
+
+    def cancel(self, sequence: JacobiSequence) -> None:
+        """Drops a sequence, wherever it is; its pages are free at once."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._release(sequence)
+
+    def step(self) -> list[JacobiSequence]:
+        """One forward pass over what fits; returns the sequences that ended, in their order of arrival."""
+        self._admit()
+        feeds = self._plan()
+        if feeds:
+            self._advance(feeds)
+        done = [s for s in self.running if s.finish_reason]
+        for sequence in done:
+            self.running.remove(sequence)
+            self._release(sequence)
+        # whoever did not fit into this pass is first in the next
+        self.running.rotate(-len(feeds))
+        return done
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a page is lost or has two owners."""
+        self.cache.pool.check_integrity([s.pages for s in (*self.running, *self.waiting)])
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch_size:
+            # the whole answer's pages are reserved on entry: a running sequence never has to be put back
+            pages = self.cache.pool.allocate(pages_for(self.waiting[0].longest))
+            if pages is None:
+                return
+            sequence = self.waiting.popleft()
+            sequence.pages = pages
+            self.running.append(sequence)
+
+    def _release(self, sequence: JacobiSequence) -> None:
+        self.cache.pool.release(sequence.pages)
+        sequence.pages = []
+
+    def _plan(self) -> list[tuple[JacobiSequence, Feed]]:
+        budget = self.max_batch_tokens
+        active = [s for s in self.running if not s.finish_reason]
+        feeds = []
+        for i, sequence in enumerate(active):
+            # one row is kept for each of the others, so that everyone moves as long as there are rows at all
+            rows = budget - min(len(active) - i - 1, budget - 1)
+            feed = sequence.plan(rows, len(active))
+            feeds.append((sequence, feed))
+            budget -= len(feed.tokens)
+            if budget <= 0:
+                break
+        return feeds
+
+    def _advance(self, feeds: list[tuple[JacobiSequence, Feed]]) -> None:
+        batch = StepBatch.pack([feed for _, feed in feeds], self.model.device)
+        predictions = self._predict(batch, feeds)
+        start = 0
+        for sequence, feed in feeds:
+            count = len(feed.tokens) - feed.logit_start
+            sequence.advance(feed, predictions[start : start + count])
+            start += count
+
+    @torch.inference_mode()
+    def _predict(self, batch: StepBatch, feeds: list[tuple[JacobiSequence, Feed]]) -> list[int]:
+        hidden = self.model.forward(batch, self.cache)
+        head = self.model.head
+        if all(s.options.temperature == 0 for s, _ in feeds):
+            return _ids(linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap)[0])
+        predictions: list[int] = []
+        for sequence, feed in feeds:
+            count = len(feed.tokens) - feed.logit_start
+            rows = hidden[len(predictions) : len(predictions) + count]
+            predictions += self._predict_one(rows, sequence, feed)
+        return predictions
+
+    def _predict_one(self, hidden: Tensor, sequence: JacobiSequence, feed: Feed) -> list[int]:
+        head, options = self.model.head, sequence.options
+        if options.temperature == 0 or hidden.shape[0] == 0:
+            return _ids(linear_argmax(hidden.contiguous(), head.weight, head.bias, softcap=head.softcap)[0])
+        first = feed.position + feed.logit_start + 1 - len(sequence.prompt)
+        positions = torch.arange(first, first + hidden.shape[0], device=hidden.device)
+        seeds = torch.full_like(positions, sequence.seed)
+        return _ids(sample(hidden, head, seeds, positions, options.temperature, options.top_p))
+
+
+def _ids(tokens: Tensor) -> list[int]:
+    ids: list[int] = tokens.tolist()
+    return ids

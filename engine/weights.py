@@ -1,0 +1,93 @@
+"""Reading of safetensors checkpoints, sharded or not: memory-mapped, a slice at a time, never a second copy."""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.errors import UnsupportedModel
+from engine.kernels import LinearWeight
+
+CHUNK_BYTES = 1 << 26
+_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a checkpoint; a Hugging Face hub id is downloaded (or found in its cache) first."""
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or len(folder.parts) > 2:
+        raise FileNotFoundError(f"{folder} is not a model folder (with config.json and *.safetensors) nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path_or_hub_id), allow_patterns=_FILES))
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, by name. A context manager: it holds the files open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._slices: dict[str, Callable[[], Any]] = {}
+        self.unread: set[str] = set()
+        for file in _shards(folder):
+            reader = self._stack.enter_context(safe_open(file, framework="pt"))
+            for name in reader.keys():  # noqa: SIM118 (not a dict)
+                self._slices[name] = lambda reader=reader, name=name: reader.get_slice(name)
+        self.unread = set(self._slices)
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+        self._slices.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slices
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A 1-d tensor of the given size as float32."""
+        part = self._open(name, [size])
+        return part[:].to(torch.float32).clone()
+
+    def read_into(self, weight: LinearWeight, first_row: int, name: str, rows: int) -> None:
+        """Copies a [rows, weight.columns] tensor into ``weight`` from first_row on, a bounded chunk at a time."""
+        part = self._open(name, [rows, weight.columns])
+        step = max(32, CHUNK_BYTES // (4 * weight.columns) // 32 * 32)
+        for start in range(0, rows, step):
+            weight.write(first_row + start, part[start : min(rows, start + step)])
+
+    def _open(self, name: str, shape: list[int]) -> Any:
+        if name not in self._slices:
+            raise UnsupportedModel(f"the checkpoint in {self.folder} has no tensor {name!r}, which its config.json asks for")
+        part = self._slices[name]()
+        if list(part.get_shape()) != shape:
+            raise UnsupportedModel(f"tensor {name!r} has shape {list(part.get_shape())}, expected {shape} from config.json")
+        if not part.get_dtype().startswith(("F", "BF")):
+            raise UnsupportedModel(f"tensor {name!r} has dtype {part.get_dtype()}: quantised weights are not supported")
+        self.unread.discard(name)
+        return part
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.exists()]
+    if missing or not files:
+        raise FileNotFoundError(
+            f"{folder} lacks {missing or 'any *.safetensors file'}; only safetensors checkpoints are read"
+        )
+    return files

@@ -1,0 +1,71 @@
+"""How many rows a sequence feeds per step: as many as are expected to pay for themselves."""
+
+from dataclasses import dataclass
+
+import torch
+
+KNEE_ROWS = {"cpu": 11, "cuda": 200}
+"""Rows at which a step's arithmetic takes as long as reading the weights once: below it rows are nearly free. CPU: peak
+FLOP/s over bandwidth as measured by bench/bench_linear.py; CUDA: METHOD's roofline figure for an H200, not measured."""
+MOST_GUESSES = 255
+DECAY = 0.9
+"""How fast old observations fade: about the last ten count."""
+
+
+def knee_rows(device: torch.device) -> int:
+    return KNEE_ROWS.get(device.type, KNEE_ROWS["cpu"])
+
+
+@dataclass(slots=True)
+class Rate:
+    """A success probability that follows what was seen lately."""
+
+    value: float
+    weight: float
+
+    def update(self, successes: int, failures: int) -> None:
+        """Fades what was known, once per observation, and adds the new ones."""
+        for count, outcome in ((successes, 1.0), (failures, 0.0)):
+            if count:
+                kept = self.weight * DECAY**count
+                fresh = (1 - DECAY**count) / (1 - DECAY)
+                self.value = (self.value * kept + outcome * fresh) / (kept + fresh)
+                self.weight = kept + fresh
+
+
+class WindowPolicy:
+    """Chooses the number of guesses a sequence feeds beside its one certain row.
+
+    Two rates describe a guess: ``first``, that it is right at the position where the last one was wrong (a new draft, a
+    re-alignment), and ``run``, that it goes on being right. A step of R rows costs about knee + R in units of one row's
+    arithmetic, so a guess is worth its row while its chance of acceptance is at least the tokens per unit of cost that the
+    step yields anyway. With no acceptance that leaves the one certain row: plain greedy decoding.
+    """
+
+    def __init__(self, knee: int) -> None:
+        self.knee = knee
+        self.first = Rate(0.5, 2.0)
+        self.run = Rate(0.9, 3.0)
+        self.in_run = False
+
+    def guesses(self, available: int, sequences: int) -> int:
+        """Guesses to feed, of ``available``, with this many sequences in the batch."""
+        chance = self.run.value if self.in_run else self.first.value
+        tokens, count = 1.0, 0
+        while count < min(available, MOST_GUESSES):
+            if chance < sequences * tokens / (self.knee + sequences * (count + 1)):
+                break
+            tokens += chance
+            chance *= self.run.value
+            count += 1
+        return count
+
+    def observe(self, hits: int, miss: bool) -> None:
+        """``hits`` guesses in a row were right, then one was wrong (``miss``) or none was left to check."""
+        rest = hits
+        if not self.in_run and hits + miss:
+            self.first.update(1 if hits else 0, 0 if hits else 1)
+            rest = hits - 1 if hits else 0
+        if self.in_run or hits:
+            self.run.update(rest, int(miss))
+        self.in_run = (self.in_run or hits > 0) and not miss

@@ -1,0 +1,108 @@
+"""Linear projection over weights stored in the layout of the implementation that reads them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.native import Impl, address, choose, is_native_layout, native
+
+PANEL = 32  # output columns side by side in the packed layout; kPanel in csrc/kernels.h
+CPU_ROW_MULTIPLE = 16  # see _reference
+_WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A projection matrix of ``rows`` outputs by ``columns`` inputs.
+
+    ``packed``: ``data`` is [ceil(rows / 32), columns, 32] (float32 or bfloat16, CPU), what the C++ kernel streams;
+    otherwise ``data`` is the plain [rows, columns]. Both hold the matrix once.
+    """
+
+    data: Tensor
+    rows: int
+    columns: int
+    packed: bool
+
+    @classmethod
+    def allocate(cls, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> "LinearWeight":
+        """Storage for a matrix that ``write`` fills piece by piece; packed where the C++ kernel will read it."""
+        packed = device.type == "cpu" and dtype in _WEIGHT_TYPES and native() is not None
+        if packed:
+            data = torch.zeros(-(-rows // PANEL), columns, PANEL, dtype=dtype)
+        else:
+            data = torch.empty(rows, columns, dtype=dtype, device=device)
+        return cls(data, rows, columns, packed)
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor) -> "LinearWeight":
+        """Packs (or, where there is no C++ kernel, copies) a [rows, columns] matrix."""
+        weight = cls.allocate(matrix.shape[0], matrix.shape[1], matrix.dtype, matrix.device)
+        weight.write(0, matrix)
+        return weight
+
+    def write(self, first_row: int, matrix: Tensor) -> None:
+        """Stores ``matrix`` [n, columns] as rows first_row .. first_row + n; it is cast to the weight's dtype."""
+        if matrix.shape[1] != self.columns or first_row + matrix.shape[0] > self.rows:
+            raise ValueError(
+                f"a [{self.rows}, {self.columns}] weight cannot take {tuple(matrix.shape)} at row {first_row}"
+            )
+        if not self.packed:
+            self.data[first_row : first_row + matrix.shape[0]].copy_(matrix)
+            return
+        library = native()
+        assert library is not None
+        source = matrix.detach().to(self.data.dtype).contiguous()
+        kind, threads = _WEIGHT_TYPES[self.data.dtype], torch.get_num_threads()
+        library.module.pack_weight(
+            source.data_ptr(), self.data.data_ptr(), source.shape[0], self.columns, first_row, kind, threads
+        )
+
+    def dense(self) -> Tensor:
+        """The plain [rows, columns] matrix (a copy when packed); for references and tests."""
+        if not self.packed:
+            return self.data
+        return self.data.transpose(1, 2).reshape(-1, self.columns)[: self.rows]
+
+
+def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+    """``x @ weight.T + bias``: x [m, columns] -> [m, rows], float32 with a packed weight.
+
+    With the C++ kernel a row of the result has the same bits whatever the other rows are and however many.
+    """
+    library = choose(impl, weight.packed and is_native_layout(x, bias), "a packed weight and contiguous float32 inputs")
+    if library is None:
+        return _reference(x, weight, bias)
+    m, n = x.shape[0], weight.rows
+    y = torch.empty(m, n)
+    library.module.linear(
+        library.table, x.data_ptr(), weight.data.data_ptr(), address(bias), y.data_ptr(), m, n, weight.columns,
+        _WEIGHT_TYPES[weight.data.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _reference(x: Tensor, weight: LinearWeight, bias: Tensor | None) -> Tensor:
+    matrix = weight.dense().to(x.dtype)
+    pad = -x.shape[0] % CPU_ROW_MULTIPLE if x.device.type == "cpu" else 0
+    if pad == 0:
+        return F.linear(x, matrix, bias)
+    # BLAS libraries pick other kernels, and so another order of summation, for few rows; with a multiple of 16 rows the
+    # bits of a row were the same for any count.
+    return F.linear(F.pad(x, (0, 0, 0, pad)), matrix, bias)[: x.shape[0]]
+
+
+def embedding(ids: Tensor, weight: LinearWeight, scale: float = 1.0, *, impl: Impl = "auto") -> Tensor:
+    """Rows ``ids`` [n] int64 of the matrix times ``scale`` -> [n, columns]; a tied head is read in its own layout."""
+    library = choose(impl, weight.packed, "a packed weight")
+    if library is None:
+        rows = weight.dense()[ids]
+        return rows.float() * scale if weight.packed else rows * scale
+    out = torch.empty(ids.shape[0], weight.columns)
+    library.module.embed(
+        ids.data_ptr(), weight.data.data_ptr(), out.data_ptr(), ids.shape[0], weight.columns, scale,
+        _WEIGHT_TYPES[weight.data.dtype],
+    )  # fmt: skip
+    return out

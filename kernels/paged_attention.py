@@ -1,0 +1,84 @@
+"""Attention of packed query windows over a paged KV cache."""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.native import Impl, choose, is_native_layout
+
+PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
+
+
+def kv_cache_shapes(pages: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one layer's K and V storage.
+
+    K is [pages, kv_heads, head_dim, PAGE_SIZE]: scores are products with a page as it lies. V is [pages, kv_heads,
+    PAGE_SIZE, head_dim rounded up to 16]. Both must start as zeros, so that the padding never holds NaN.
+    """
+    return (pages, kv_heads, head_dim, PAGE_SIZE), (pages, kv_heads, PAGE_SIZE, -(-head_dim // 16) * 16)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    row_start: Tensor,
+    first_position: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    softcap: float | None = None,
+    window: int = 0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Causal grouped-query attention of the packed rows of several sequences -> [t, heads * head_dim].
+
+    q [t, >= heads * head_dim] (the leading columns are the queries, so a fused qkv can be passed as it is); sequence s
+    owns rows row_start[s] .. row_start[s + 1] (int32 [s + 1]), at consecutive positions from first_position[s] (int32),
+    and pages block_table[s] (int32 [s, max pages]). A query at position p sees keys in (p - window, p], all up to p
+    where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``. With the C++ kernel a row's bits do not
+    depend on the other rows.
+    """
+    library = choose(impl, is_native_layout(q, k_cache, v_cache), "contiguous float32 inputs")
+    if library is None:
+        return _reference(
+            q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window
+        )
+    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[2]
+    out = torch.empty(q.shape[0], heads * head_dim)
+    library.module.attention(
+        library.table, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),
+        row_start.data_ptr(), first_position.data_ptr(), block_table.shape[0], block_table.shape[1], q.shape[1], heads,
+        kv_heads, head_dim, v_cache.shape[3], window, scale, softcap or 0.0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row_start: Tensor, first_position: Tensor,
+    heads: int, scale: float, softcap: float | None, window: int,
+) -> Tensor:  # fmt: skip
+    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[2]
+    out = q.new_empty(q.shape[0], heads * head_dim)
+    bounds = row_start.tolist()
+    for s, first in enumerate(first_position.tolist()):
+        rows = slice(bounds[s], bounds[s + 1])
+        count = bounds[s + 1] - bounds[s]
+        if count == 0:
+            continue
+        length = first + count
+        pages = block_table[s, : -(-length // PAGE_SIZE)].long()
+        k = k_cache[pages].permute(1, 2, 0, 3).flatten(2)[..., :length]  # [kv_heads, head_dim, length]
+        v = v_cache[pages].permute(1, 0, 2, 3).flatten(1, 2)[:, :length, :head_dim]  # [kv_heads, length, head_dim]
+        queries = q[rows, : heads * head_dim].view(count, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
+        scores = (queries.float() @ k.float()[:, None]) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        query_position = torch.arange(first, length, device=q.device)[:, None]
+        key_position = torch.arange(length, device=q.device)
+        hidden = key_position > query_position
+        if window:
+            hidden |= key_position <= query_position - window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[rows] = (weights @ v.float()[:, None]).permute(2, 0, 1, 3).reshape(count, -1).to(q.dtype)
+    return out

@@ -1,0 +1,62 @@
+"""Rotary position embedding of queries and keys, and the write of keys and values into their pages."""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.native import Impl, address, choose, is_native_layout
+from engine.kernels.paged_attention import PAGE_SIZE
+from engine.kernels.rms_norm import rms_norm
+
+
+def rope_kv_write(
+    qkv: Tensor,
+    rotation: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    head_dim: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: Impl = "auto",
+) -> None:
+    """Rotates q and k of ``qkv`` in place (after their per-head RMS norm, if any) and stores k and v.
+
+    qkv [t, (heads + 2 * kv_heads) * head_dim]; rotation [max positions, head_dim] = cos of head_dim / 2 angles, then
+    sin; positions, slots [t] int64 (slot = page * PAGE_SIZE + offset); caches as ``kv_cache_shapes`` says.
+    """
+    kv_heads = k_cache.shape[1]
+    tensors = (qkv, rotation, k_cache, v_cache, q_norm, k_norm)
+    library = choose(impl, is_native_layout(*tensors), "contiguous float32 inputs")
+    if library is None:
+        _reference(qkv, rotation, positions, slots, k_cache, v_cache, head_dim, q_norm, k_norm, eps)
+        return
+    library.module.rope_kv_write(
+        library.table, qkv.data_ptr(), rotation.data_ptr(), address(q_norm), address(k_norm), k_cache.data_ptr(),
+        v_cache.data_ptr(), positions.data_ptr(), slots.data_ptr(), qkv.shape[0],
+        qkv.shape[1] // head_dim - 2 * kv_heads, kv_heads, head_dim, v_cache.shape[3], eps, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def kv_write(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Stores k, v [t, kv_heads, head_dim] at ``slots`` [t] int64."""
+    page, offset = slots // PAGE_SIZE, slots % PAGE_SIZE
+    k_cache[page, :, :, offset] = k.to(k_cache.dtype)
+    v_cache[page, :, offset, : v.shape[2]] = v.to(v_cache.dtype)
+
+
+def _reference(
+    qkv: Tensor, rotation: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
+    head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    kv_heads = k_cache.shape[1]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = rotation[positions].to(qkv.dtype)[:, None].chunk(2, dim=-1)
+    for part, norm in ((q, q_norm), (k, k_norm)):
+        x = part if norm is None else rms_norm(part.reshape(-1, head_dim), norm, eps, impl="torch").view_as(part)
+        low, high = x.chunk(2, dim=-1)
+        part.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+    kv_write(k, v, slots, k_cache, v_cache)
