@@ -59,6 +59,7 @@ PyObject* run(const Reader& r, const Work& work) {
 }
 
 PyObject* py_kernels(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count > 1) return PyErr_SetString(PyExc_TypeError, "expected at most 1 argument"), nullptr;
   const char* name = count == 1 && args[0] != Py_None ? PyUnicode_AsUTF8AndSize(args[0], nullptr) : nullptr;
   if (PyErr_Occurred()) return nullptr;
   const Kernels* k = choose(name);

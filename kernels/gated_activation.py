@@ -13,7 +13,8 @@ Activation = Literal["silu", "gelu_tanh"]
 
 def gated_activation(gate_up: Tensor, activation: Activation, *, impl: Impl = "auto") -> Tensor:
     """``act(gate) * up`` for gate_up [m, 2 * width] holding gate and up side by side -> [m, width]."""
-    library = choose(impl, is_native_layout(gate_up), "a contiguous float32 input")
+    supported = gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0 and is_native_layout(gate_up)
+    library = choose(impl, supported, "a contiguous float32 input [m, 2 * width]")
     if library is None:
         gate, up = gate_up.chunk(2, dim=-1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up

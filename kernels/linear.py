@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.native import Impl, address, choose, is_native_layout, native
+from engine.kernels.native import Impl, address, choose, is_native_index, is_native_layout, native
 
 PANEL = 32  # output columns side by side in the packed layout; kPanel in csrc/kernels.h
 CPU_ROW_MULTIPLE = 16  # see _reference
@@ -45,7 +45,7 @@ class LinearWeight:
 
     def write(self, first_row: int, matrix: Tensor) -> None:
         """Stores ``matrix`` [n, columns] as rows first_row .. first_row + n; it is cast to the weight's dtype."""
-        if matrix.shape[1] != self.columns or first_row + matrix.shape[0] > self.rows:
+        if matrix.shape[1:] != (self.columns,) or not 0 <= first_row <= self.rows - matrix.shape[0]:
             raise ValueError(
                 f"a [{self.rows}, {self.columns}] weight cannot take {tuple(matrix.shape)} at row {first_row}"
             )
@@ -54,11 +54,16 @@ class LinearWeight:
             return
         library = native()
         assert library is not None
-        source = matrix.detach().to(self.data.dtype).contiguous()
+        source = matrix.detach().to(self.data).contiguous()
         kind, threads = _WEIGHT_TYPES[self.data.dtype], torch.get_num_threads()
         library.module.pack_weight(
             source.data_ptr(), self.data.data_ptr(), source.shape[0], self.columns, first_row, kind, threads
         )
+
+    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the C++ kernel can multiply ``x`` [m, columns] by this weight and add ``bias`` [rows]."""
+        shapes_fit = x.shape[1:] == (self.columns,) and (bias is None or bias.shape == (self.rows,))
+        return self.packed and shapes_fit and is_native_layout(x, bias)
 
     def dense(self) -> Tensor:
         """The plain [rows, columns] matrix (a copy when packed); for references and tests."""
@@ -72,7 +77,7 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, impl:
 
     With the C++ kernel a row of the result has the same bits whatever the other rows are and however many.
     """
-    library = choose(impl, weight.packed and is_native_layout(x, bias), "a packed weight and contiguous float32 inputs")
+    library = choose(impl, weight.takes(x, bias), "a packed weight and contiguous float32 inputs of its shape")
     if library is None:
         return _reference(x, weight, bias)
     m, n = x.shape[0], weight.rows
@@ -90,13 +95,18 @@ def _reference(x: Tensor, weight: LinearWeight, bias: Tensor | None) -> Tensor:
     if pad == 0:
         return F.linear(x, matrix, bias)
     # BLAS libraries pick other kernels, and so another order of summation, for few rows; with a multiple of 16 rows the
-    # bits of a row were the same for any count.
+    # bits of a row are the same for neighbouring counts. They change where the library changes its blocking: MKL did at
+    # 64, 128 or 192 rows with 896 columns.
     return F.linear(F.pad(x, (0, 0, 0, pad)), matrix, bias)[: x.shape[0]]
 
 
 def embedding(ids: Tensor, weight: LinearWeight, scale: float = 1.0, *, impl: Impl = "auto") -> Tensor:
     """Rows ``ids`` [n] int64 of the matrix times ``scale`` -> [n, columns]; a tied head is read in its own layout."""
-    library = choose(impl, weight.packed, "a packed weight")
+    library = choose(
+        impl,
+        weight.packed and ids.dim() == 1 and is_native_index(torch.int64, ids),
+        "a packed weight and contiguous int64 ids [n]",
+    )
     if library is None:
         rows = weight.dense()[ids]
         return rows.float() * scale if weight.packed else rows * scale

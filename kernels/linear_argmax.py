@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.linear import _WEIGHT_TYPES, LinearWeight, linear
-from engine.kernels.native import Impl, address, choose, is_native_layout
+from engine.kernels.native import Impl, address, choose
 
 MAX_LOGITS_BYTES = 1 << 24  # what the reference materialises at a time
 
@@ -22,8 +22,7 @@ def linear_argmax(
     hidden [m, d], weight [vocabulary, d], bias [vocabulary] -> index [m] int64 (-1 where a row holds only NaN),
     value [m] float32, after the soft-cap ``softcap * tanh(z / softcap)`` (Gemma-2) where one is given.
     """
-    supported = weight.packed and is_native_layout(hidden, bias)
-    library = choose(impl, supported, "a packed weight and contiguous float32 inputs")
+    library = choose(impl, weight.takes(hidden, bias), "a packed weight and contiguous float32 inputs of its shape")
     if library is None:
         return _reference(hidden, weight, bias, softcap)
     m = hidden.shape[0]

@@ -64,7 +64,12 @@ def choose(impl: Impl, supported: bool, requirement: str) -> Native | None:
 
 def is_native_layout(*tensors: Tensor | None) -> bool:
     """Whether every given tensor is a contiguous float32 CPU tensor, what the C++ kernels read."""
-    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.device.type == "cpu") for t in tensors)
+    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu) for t in tensors)
+
+
+def is_native_index(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether every tensor is a contiguous CPU tensor of ``dtype``, as the C++ kernels read indices and positions."""
+    return all(t.dtype is dtype and t.is_contiguous() and t.is_cpu for t in tensors)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.native import Impl, choose, is_native_layout
+from engine.kernels.native import Impl, choose, is_native_index, is_native_layout
 
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
 
@@ -39,12 +39,24 @@ def paged_attention(
     where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``. With the C++ kernel a row's bits do not
     depend on the other rows.
     """
-    library = choose(impl, is_native_layout(q, k_cache, v_cache), "contiguous float32 inputs")
+    pages, kv_heads, head_dim = k_cache.shape[:3]
+    indices = (block_table, row_start, first_position)
+    supported = (
+        is_native_layout(q, k_cache, v_cache)
+        and is_native_index(torch.int32, *indices)
+        and (k_cache.shape, v_cache.shape) == kv_cache_shapes(pages, kv_heads, head_dim)
+        and q.dim() == 2
+        and q.shape[1] >= heads * head_dim
+        and heads % kv_heads == 0
+        and block_table.dim() == 2
+        and row_start.shape == (block_table.shape[0] + 1,)
+        and first_position.shape == block_table.shape[:1]
+    )
+    library = choose(impl, supported, "contiguous float32 inputs and int32 indices of shapes that belong together")
     if library is None:
         return _reference(
             q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window
         )
-    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape[0], heads * head_dim)
     library.module.attention(
         library.table, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),

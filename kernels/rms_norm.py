@@ -13,7 +13,9 @@ def rms_norm(
 
     x, residual [m, d]; weight [d] float32 (Gemma stores weight - 1: add it first) -> [m, d] in x's dtype.
     """
-    library = choose(impl, is_native_layout(x, weight, residual), "contiguous float32 inputs")
+    shapes_fit = x.dim() == 2 and weight.shape == x.shape[1:] and (residual is None or residual.shape == x.shape)
+    supported = shapes_fit and is_native_layout(x, weight, residual)
+    library = choose(impl, supported, "contiguous float32 inputs [m, d] and [d]")
     if library is None:
         return _reference(x, weight, eps, residual)
     out = torch.empty_like(x)

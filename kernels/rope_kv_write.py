@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.native import Impl, address, choose, is_native_layout
-from engine.kernels.paged_attention import PAGE_SIZE
+from engine.kernels.native import Impl, address, choose, is_native_index, is_native_layout
+from engine.kernels.paged_attention import PAGE_SIZE, kv_cache_shapes
 from engine.kernels.rms_norm import rms_norm
 
 
@@ -28,8 +28,18 @@ def rope_kv_write(
     sin; positions, slots [t] int64 (slot = page * PAGE_SIZE + offset); caches as ``kv_cache_shapes`` says.
     """
     kv_heads = k_cache.shape[1]
-    tensors = (qkv, rotation, k_cache, v_cache, q_norm, k_norm)
-    library = choose(impl, is_native_layout(*tensors), "contiguous float32 inputs")
+    supported = (
+        is_native_layout(qkv, rotation, k_cache, v_cache, q_norm, k_norm)
+        and is_native_index(torch.int64, positions, slots)
+        and (k_cache.shape, v_cache.shape) == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim)
+        and qkv.dim() == 2
+        and qkv.shape[1] % head_dim == 0
+        and qkv.shape[1] >= 2 * kv_heads * head_dim
+        and rotation.shape[1:] == (head_dim,)
+        and positions.shape == slots.shape == qkv.shape[:1]
+        and all(norm is None or norm.shape == (head_dim,) for norm in (q_norm, k_norm))
+    )
+    library = choose(impl, supported, "contiguous float32 inputs and int64 indices of shapes that belong together")
     if library is None:
         _reference(qkv, rotation, positions, slots, k_cache, v_cache, head_dim, q_norm, k_norm, eps)
         return

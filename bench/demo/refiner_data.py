@@ -1,0 +1,171 @@
+"""Training examples for the demonstration refiner: clean text, artificially damaged drafts, chat token ids."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+CONDITION = "{prompt}\n\nDraft answer:\n{draft}"
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+
+FILLERS = (
+    "um,", "uh,", "well,", "you know,", "I mean,", "like,", "so yeah,", "you see,", "to be honest,", "as I said,",
+    "I guess,", "or something,", "kind of,", "sort of,", "and stuff,", "if you will,", "as it were,", "let me see,",
+    "how do I put this,", "believe me,", "or whatever,", "needless to say,", "at the end of the day,", "hmm,",
+)  # fmt: skip
+FUNCTION_WORDS = frozenset(
+    "a an the of to in on at for from by with and or but is are was were be been it its this that these those as if "
+    "you your we our they their he she his her i my not can will would should may have has had do does so than then "
+    "there which who when how what into about up out more most also".split()
+)
+WORD = re.compile(r"\s*\S+")
+SENTENCE_END = re.compile(r"[.!?][\"')*]*$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with its best response and the other responses."""
+
+    prompt: str
+    best: str
+    others: tuple[str, ...]
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Read the response file; the response with the highest reward is the best one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        texts = [r["text"].strip() for r in sorted(record["responses"], key=lambda r: -r["reward"])]
+        rows.append(Row(record["prompt"].strip(), texts[0], tuple(t for t in texts[1:] if t)))
+    return [row for row in rows if row.best]
+
+
+def _misspell(word: str, rng: random.Random) -> str:
+    letters = [i for i, c in enumerate(word) if c.isalpha()]
+    if len(letters) < 4:
+        return word
+    i = rng.choice(letters[1:-1])
+    kind = rng.random()
+    if kind < 0.4:
+        return word[:i] + word[i + 1 :]
+    if kind < 0.8:
+        return word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :]
+    return word[:i] + word[i] + word[i:]
+
+
+def _damage_one(pieces: list[str], i: int, rng: random.Random, words: list[str]) -> None:
+    """Damage piece ``i`` (leading whitespace plus a word) in place; a deleted piece becomes the empty string."""
+    space, word = re.match(r"(\s*)(.*)", pieces[i], re.DOTALL).groups()
+    kind = rng.random()
+    if kind < 0.20 and i:  # the first word is kept, so that the draft keeps a plain start
+        if word.lower() in FUNCTION_WORDS or rng.random() < 0.3:
+            pieces[i] = ""
+    elif kind < 0.38:
+        pieces[i] += " " + word
+    elif kind < 0.50 and i + 1 < len(pieces) and pieces[i + 1]:
+        next_space, next_word = re.match(r"(\s*)(.*)", pieces[i + 1], re.DOTALL).groups()
+        pieces[i], pieces[i + 1] = space + next_word, next_space + word
+    elif kind < 0.58:
+        pieces[i] = space + rng.choice(words)
+    elif kind < 0.88:
+        pieces[i] = space + _misspell(word, rng)
+    else:
+        pieces[i] = f"{space}{rng.choice(FILLERS)} {word}"
+
+
+def damage(text: str, rng: random.Random, words: list[str]) -> str:
+    """Return ``text`` with a light random share of its words damaged; about one text in ten stays as it is."""
+    pieces = WORD.findall(text)
+    if not pieces or rng.random() < 0.1:
+        return text
+    rate = rng.uniform(0.03, 0.12)
+    for i in range(len(pieces)):
+        if rng.random() < rate:
+            _damage_one(pieces, i, rng, words)
+        starts = i == 0 or bool(SENTENCE_END.search(pieces[i - 1]))
+        if starts and rng.random() < 0.12:
+            pieces[i] = pieces[i].lower()
+        if SENTENCE_END.search(pieces[i]) and rng.random() < 0.08:
+            pieces[i] = pieces[i].rstrip(".!?")
+    if len(pieces) > 12 and rng.random() < 0.06:
+        del pieces[-rng.randint(1, 4) :]
+    return "".join(pieces).strip()
+
+
+@dataclass
+class ExampleMaker:
+    """Draws chat examples as (token ids, loss mask) from training rows."""
+
+    rows: list[Row]
+    tokenizer: Tokenizer
+    rng: random.Random
+    words: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        texts = (text for row in self.rows for text in (row.best, *row.others))
+        self.words = sorted({word for text in texts for word in re.findall(r"[A-Za-z][a-z]+", text)})
+        self._special = {name: self.tokenizer.token_to_id(name) for name in (USER, ASSISTANT, END)}
+
+    def encode(self, user: str, answer: str) -> tuple[list[int], list[bool]]:
+        """Token ids of one turn as the chat template writes it, with the mask of the answer and its end of turn."""
+        encode: Callable[[str], list[int]] = lambda text: self.tokenizer.encode(text).ids  # noqa: E731
+        head = [self._special[USER], *encode(user), self._special[END], self._special[ASSISTANT]]
+        tail = [*encode(answer), self._special[END]]
+        return head + tail, [False] * len(head) + [True] * len(tail)
+
+    def copy_example(self, max_words: int, few: bool = False) -> tuple[list[int], list[bool]]:
+        """A list of random words to repeat: nothing but attention to the draft can predict it.
+
+        With ``few`` different words the same word pairs come again and again, so that a short history does not tell
+        the place.
+        """
+        count = self.rng.randint(3, max_words)
+        words = self.rng.sample(self.words, self.rng.randint(2, 3 + count // 4)) if few else self.words
+        text = " ".join(self.rng.choices(words, k=count))
+        return self.encode(CONDITION.format(prompt=self._short_prompt(), draft=text), text)
+
+    def chunk_example(self, max_words: int) -> tuple[list[int], list[bool]]:
+        """A damaged chunk of any response, with the right prompt, another one or none."""
+        row = self.rng.choice(self.rows)
+        answer = self._chunk(self.rng.choice((row.best, *row.others)), max_words)
+        prompt = row.prompt if len(row.prompt) < 400 and self.rng.random() < 0.5 else self._short_prompt()
+        return self.encode(CONDITION.format(prompt=prompt, draft=damage(answer, self.rng, self.words)), answer)
+
+    def full_example(self, max_tokens: int, conditioned: bool) -> tuple[list[int], list[bool]]:
+        """A best response from its start, cut after at most ``max_tokens``, with or without its damaged draft."""
+        row = self.rng.choice(self.rows)
+        answer = cut(row.best, max_tokens, self.tokenizer)
+        if not conditioned:
+            return self.encode(row.prompt[:800], answer)
+        draft = damage(answer, self.rng, self.words)
+        return self.encode(CONDITION.format(prompt=row.prompt[:800], draft=draft), answer)
+
+    def _short_prompt(self) -> str:
+        prompt = self.rng.choice(self.rows).prompt
+        return " ".join(prompt.split()[: self.rng.randint(0, 12)])
+
+    def _chunk(self, text: str, max_words: int) -> str:
+        pieces = WORD.findall(text)
+        starts = [0] + [i + 1 for i in range(len(pieces) - 1) if SENTENCE_END.search(pieces[i])]
+        start = self.rng.choice(starts) if self.rng.random() < 0.8 else self.rng.randrange(len(pieces))
+        chunk = pieces[start : start + self.rng.randint(min(5, max_words), max_words)]
+        ends = [i + 1 for i, piece in enumerate(chunk) if SENTENCE_END.search(piece)]
+        if ends and self.rng.random() < 0.85:
+            chunk = chunk[: ends[-1]]
+        return "".join(chunk).strip()
+
+
+def cut(text: str, max_tokens: int, tokenizer: Tokenizer) -> str:
+    """Cut ``text`` to at most ``max_tokens`` tokens, at the end of a sentence where there is one."""
+    encoding = tokenizer.encode(text)
+    if len(encoding.ids) <= max_tokens:
+        return text
+    text = text[: encoding.offsets[max_tokens - 1][1]]
+    pieces = WORD.findall(text)[:-1]
+    ends = [i + 1 for i, piece in enumerate(pieces) if SENTENCE_END.search(piece)]
+    return "".join(pieces[: ends[-1]] if ends else pieces).strip()
