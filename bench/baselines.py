@@ -13,14 +13,16 @@ def full_reforward_jacobi(
     """The algorithm of the paper's public script: a full forward over prompt + ``length`` tokens at every step, no cache,
     batch 1, until nothing changes. Returns the answer up to its first EOS, and the steps."""
     y = (draft + [pad] * length)[:length]
-    for step in range(1, length + 2):
+    steps = 0
+    while True:
+        steps += 1
         logits = model(input_ids=torch.tensor([prompt + y]), use_cache=False).logits
         new = logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
         if new == y:
             break
         y = new
     end = next((i for i, token in enumerate(y) if token in eos), length - 1)
-    return y[: end + 1], step
+    return y[: end + 1], steps
 
 
 @torch.inference_mode()

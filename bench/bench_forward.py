@@ -1,15 +1,16 @@
 """One forward pass with a KV cache: the lean decoder against transformers, at 1 .. 256 new tokens behind a prompt."""
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from bench.measure import interleaved, medians, ratio
 from engine.batch import Feed, StepBatch
 from engine.kernels import linear_argmax
-from engine.kv_cache import pages_for
+from engine.kv_cache import KVCache, pages_for
 from engine.model import Decoder
 from engine.weights import resolve_checkpoint
 
@@ -29,20 +30,26 @@ def measure_forward(folder: Path, sizes: tuple[int, ...], rounds: int, prompt: i
             past = theirs(ids[:, :prompt], use_cache=True).past_key_values
             lean.forward(StepBatch.pack([Feed(ids[0, :prompt].tolist(), 0, pages, 0)], lean.device), cache)
 
-        @torch.inference_mode()
-        def transformers_step(ids=ids, past=past, size=size) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            out = theirs(ids[:, prompt:], past_key_values=past, use_cache=True).logits.argmax(-1)
-            past.crop(-size)
-            return out
-
-        def lean_step(tokens=ids[0, prompt:].tolist()) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            hidden = lean.forward(StepBatch.pack([Feed(tokens, prompt, pages, 0)], lean.device), cache)
-            return linear_argmax(hidden, lean.head.weight)[0]
-
-        assert torch.equal(transformers_step()[0], lean_step())
-        seconds = interleaved({"transformers": transformers_step, "lean": lean_step}, rounds)
+        variants = {
+            "transformers": functools.partial(_transformers_step, theirs, ids[:, prompt:], past),
+            "lean": functools.partial(_lean_step, lean, Feed(ids[0, prompt:].tolist(), prompt, pages, 0), cache),
+        }
+        assert torch.equal(variants["transformers"](), variants["lean"]())
+        seconds = interleaved(variants, rounds)
         rows.append({"tokens": size, **medians(seconds), "ratio": ratio(seconds, "transformers", "lean")})
     return rows
+
+
+@torch.inference_mode()
+def _transformers_step(model: PreTrainedModel, ids: torch.Tensor, past: DynamicCache) -> torch.Tensor:
+    tokens = model(ids, past_key_values=past, use_cache=True).logits.argmax(-1)
+    past.crop(-ids.shape[1])
+    return tokens[0]
+
+
+def _lean_step(model: Decoder, feed: Feed, cache: KVCache) -> torch.Tensor:
+    hidden = model.forward(StepBatch.pack([feed], model.device), cache)
+    return linear_argmax(hidden, model.head.weight)[0]
 
 
 def main() -> None:

@@ -68,7 +68,9 @@ def against_generate(subject: Subject, rows: Rows, rounds: int) -> dict[str, Any
     details = {}
     for name, batch in (("refine_given_draft", rows), ("refine_no_draft", none), ("refine_right_draft", right)):
         results = subject.refine(batch)
-        details[name] = work(results) | {"identical": sum(r.token_ids == a for r, a in zip(results, answers, strict=True))}
+        details[name] = work(results) | {
+            "identical": sum(r.token_ids == a for r, a in zip(results, answers, strict=True))
+        }
     seconds = interleaved(variants, rounds, warmup=0)
     faster = min(("generate_dynamic", "generate_static"), key=lambda name: statistics.median(seconds[name]))
     return {

@@ -1,6 +1,6 @@
 """`make bench`: all CPU measurements in one run, as a table and as bench/results/cpu.json.
 
-    python -m bench.run [--drafts FILE.jsonl] [--only forward,script,generate,realign] [--quick]
+python -m bench.run [--drafts FILE.jsonl] [--only forward,script,generate,realign] [--quick]
 """
 
 import argparse

@@ -125,7 +125,9 @@ def _activation(family: str, fields: dict[str, Any]) -> Literal["silu", "gelu_ta
         return "silu"
     if kind == "gelu_tanh":
         return "gelu_tanh"
-    raise UnsupportedModel(f"config field {name!r} = {fields[name]!r} is not supported, only silu and gelu_pytorch_tanh")
+    raise UnsupportedModel(
+        f"config field {name!r} = {fields[name]!r} is not supported, only silu and gelu_pytorch_tanh"
+    )
 
 
 def _layer_windows(family: str, fields: dict[str, Any]) -> tuple[int, ...]:
@@ -140,7 +142,7 @@ def _layer_windows(family: str, fields: dict[str, Any]) -> tuple[int, ...]:
         )
     if window is None and "sliding_attention" in types:
         raise UnsupportedModel("config field 'layer_types' asks for sliding_attention but 'sliding_window' is not set")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    return tuple(int(window or 0) if kind == "sliding_attention" else 0 for kind in types)
 
 
 def rotary_frequencies(parameters: dict[str, Any], head_dim: int) -> Tensor:

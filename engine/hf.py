@@ -1,7 +1,7 @@
 """Any other causal LM: the transformers modules, with their attention replaced by ours over the paged cache."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,16 @@ from engine.model import Head
 ATTENTION = "diffpo_paged"
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 # keywords attention modules pass that our attention honours or that have no effect on it
-_HONOURED = {"dropout", "scaling", "sliding_window", "softcap", "position_ids", "use_cache", "cache_position", "is_causal"}
+_HONOURED = {
+    "dropout",
+    "scaling",
+    "sliding_window",
+    "softcap",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "is_causal",
+}
 
 
 def _paged(
@@ -26,8 +35,10 @@ def _paged(
     batch, cache = kwargs.pop("refine_context")
     unknown = sorted(k for k, v in kwargs.items() if k not in _HONOURED and v is not None and v is not False)
     if unknown or (attention_mask is not None and attention_mask.shape[-1] != attention_mask.shape[-2]):
-        raise UnsupportedModel(f"{type(module).__name__} passes {unknown or 'a mask'} to its attention, which is not honoured")
-    layer, heads, t = int(module.layer_idx), query.shape[1], query.shape[2]
+        raise UnsupportedModel(
+            f"{type(module).__name__} passes {unknown or 'a mask'} to its attention, which is not honoured"
+        )
+    layer, heads, t = cast(int, module.layer_idx), query.shape[1], query.shape[2]
     k_cache, v_cache = cache.k[layer], cache.v[layer]
     kv_write(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, k_cache, v_cache)
     out = paged_attention(
@@ -48,7 +59,9 @@ class HFModel:
         config = model.config.get_text_config()
         weight = head.weight
         softcap = getattr(config, "final_logit_softcapping", None)
-        self.head = Head(LinearWeight(weight, *weight.shape, packed=False), getattr(head, "bias", None), softcap)
+        self.head = Head(
+            LinearWeight(weight, weight.shape[0], weight.shape[1], packed=False), getattr(head, "bias", None), softcap
+        )
         self.max_positions = int(config.max_position_embeddings)
         self.device = weight.device
         self.config = config
@@ -59,11 +72,16 @@ class HFModel:
         AttentionInterface.register(ATTENTION, _paged)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, trust_remote_code=trust_remote_code
+                folder,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
             )
         except (ValueError, KeyError) as error:
             raise UnsupportedModel(f"transformers cannot load {folder}: {error}") from error
-        self = cls(model.to(device).eval())
+        model.to(device).eval()
+        self = cls(model)
         self._verify()
         return self
 
@@ -99,9 +117,9 @@ class HFModel:
         z = nn.functional.linear(hidden, self.head.weight.data, self.head.bias).float()
         if self.head.softcap:
             z = self.head.softcap * torch.tanh(z / self.head.softcap)
-        error = ((z - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
-        if not error <= _TOLERANCE[self.model.dtype]:
+        difference = ((z - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+        if not difference <= _TOLERANCE[self.model.dtype]:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} computes something between its backbone and its logits, or in its attention, "
-                f"that the engine does not honour: logits differ by {error:.1e} relative"
+                f"that the engine does not honour: logits differ by {difference:.1e} relative"
             )

@@ -196,8 +196,12 @@ class _Loader:
             mlp_norm=self._norm_weight(prefix + before_mlp, s.hidden_size),
             q_norm=self._norm_weight(attention + "q_norm", s.head_dim) if s.has_qk_norm else None,
             k_norm=self._norm_weight(attention + "k_norm", s.head_dim) if s.has_qk_norm else None,
-            attention_post_norm=self._norm_weight(prefix + "post_attention_layernorm", s.hidden_size) if s.is_gemma else None,
-            mlp_post_norm=self._norm_weight(prefix + "post_feedforward_layernorm", s.hidden_size) if s.is_gemma else None,
+            attention_post_norm=self._norm_weight(prefix + "post_attention_layernorm", s.hidden_size)
+            if s.is_gemma
+            else None,
+            mlp_post_norm=self._norm_weight(prefix + "post_feedforward_layernorm", s.hidden_size)
+            if s.is_gemma
+            else None,
         )
 
     def _matrix(self, names: list[str], rows: list[int], columns: int) -> LinearWeight:

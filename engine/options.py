@@ -75,5 +75,7 @@ def _check_integer(name: str, value: object, least: int, *, optional: bool = Fal
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        allowed = f"an integer >= {least}" + (" or None" if optional else "") + (' or "auto"' if name == "window" else "")
+        allowed = (
+            f"an integer >= {least}" + (" or None" if optional else "") + (' or "auto"' if name == "window" else "")
+        )
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

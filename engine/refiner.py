@@ -130,7 +130,9 @@ class Refiner:
     def __enter__(self) -> "Refiner":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _alive(self) -> Scheduler:
@@ -232,8 +234,9 @@ def _identity(value: object, index: int) -> tuple[str | int, dict[str, Any]]:
     """The id and metadata of a request that may not even be one."""
     get = value.get if isinstance(value, Mapping) else lambda name: getattr(value, name, None)
     identity, metadata = get("id"), get("metadata")
-    valid = isinstance(identity, str | int) and not isinstance(identity, bool)
-    return identity if valid else index, metadata if isinstance(metadata, dict) else {}
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        identity = index
+    return identity, metadata if isinstance(metadata, dict) else {}
 
 
 def _in_order(results: Iterator[Result]) -> Iterator[Result]:
@@ -268,9 +271,7 @@ def _load_model(
     return HFModel.load(folder, dtype, device, remote)
 
 
-def read_vocabulary(
-    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Vocabulary:
+def read_vocabulary(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
     """EOS and pad ids as transformers' generate takes them: generation config first, then the model's, then the tokenizer's."""
     sources: list[Any] = [config, tokenizer]
     if (folder / "generation_config.json").exists():

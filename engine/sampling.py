@@ -28,9 +28,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def sample(
-    hidden: Tensor, head: Head, seeds: Tensor, positions: Tensor, temperature: float, top_p: float
-) -> Tensor:
+def sample(hidden: Tensor, head: Head, seeds: Tensor, positions: Tensor, temperature: float, top_p: float) -> Tensor:
     """The token of every row of ``hidden`` [rows, d] -> [rows] int64, -1 where the logits are NaN.
 
     ``positions`` [rows] int64 are response positions. Logits are made for a bounded number of rows at a time.
@@ -51,7 +49,7 @@ def sample(
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Mask of the smallest set of most probable tokens of each row whose mass reaches ``top_p``; on ties lower indices."""
-    ordered, order = probabilities.sort(-1, descending=True, stable=True)
+    ordered, order = probabilities.sort(stable=True, dim=-1, descending=True)
     kept = ordered.cumsum(-1) - ordered < top_p
     return torch.zeros_like(kept).scatter(-1, order, kept)
 

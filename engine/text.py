@@ -53,7 +53,7 @@ class TextCodec:
         return text
 
     def _messages(self, request: Request, condition: str | None) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = list(request.messages or [{"role": "user", "content": request.prompt}])
+        messages: list[dict[str, Any]] = list(request.messages or [{"role": "user", "content": request.prompt or ""}])
         if condition is None:
             return messages
         if request.draft is None:

@@ -1,5 +1,6 @@
 """Reading of safetensors checkpoints, sharded or not: memory-mapped, a slice at a time, never a second copy."""
 
+import functools
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -41,13 +42,15 @@ class Checkpoint:
         for file in _shards(folder):
             reader = self._stack.enter_context(safe_open(file, framework="pt"))
             for name in reader.keys():  # noqa: SIM118 (not a dict)
-                self._slices[name] = lambda reader=reader, name=name: reader.get_slice(name)
+                self._slices[name] = functools.partial(reader.get_slice, name)
         self.unread = set(self._slices)
 
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
         self._slices.clear()
 
@@ -68,10 +71,14 @@ class Checkpoint:
 
     def _open(self, name: str, shape: list[int]) -> Any:
         if name not in self._slices:
-            raise UnsupportedModel(f"the checkpoint in {self.folder} has no tensor {name!r}, which its config.json asks for")
+            raise UnsupportedModel(
+                f"the checkpoint in {self.folder} has no tensor {name!r}, which its config.json asks for"
+            )
         part = self._slices[name]()
         if list(part.get_shape()) != shape:
-            raise UnsupportedModel(f"tensor {name!r} has shape {list(part.get_shape())}, expected {shape} from config.json")
+            raise UnsupportedModel(
+                f"tensor {name!r} has shape {list(part.get_shape())}, expected {shape} from config.json"
+            )
         if not part.get_dtype().startswith(("F", "BF")):
             raise UnsupportedModel(f"tensor {name!r} has dtype {part.get_dtype()}: quantised weights are not supported")
         self.unread.discard(name)

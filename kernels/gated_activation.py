@@ -21,6 +21,12 @@ def gated_activation(gate_up: Tensor, activation: Activation, *, impl: Impl = "a
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width)
     library.module.gated_activation(
-        library.table, gate_up.data_ptr(), out.data_ptr(), rows, width, activation == "gelu_tanh", torch.get_num_threads()
+        library.table,
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        rows,
+        width,
+        activation == "gelu_tanh",
+        torch.get_num_threads(),
     )
     return out

@@ -34,9 +34,7 @@ def linear_argmax(
     return index, value
 
 
-def logits(
-    hidden: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, softcap: float | None = None
-) -> Tensor:
+def logits(hidden: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, softcap: float | None = None) -> Tensor:
     """The [m, vocabulary] float32 logits themselves, for few rows at a time: sampling, references."""
     z = linear(hidden, weight, bias).float()
     return softcap * torch.tanh(z / softcap) if softcap else z

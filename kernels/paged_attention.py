@@ -54,9 +54,7 @@ def paged_attention(
     )
     library = choose(impl, supported, "contiguous float32 inputs and int32 indices of shapes that belong together")
     if library is None:
-        return _reference(
-            q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window
-        )
+        return _reference(q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window)
     out = torch.empty(q.shape[0], heads * head_dim)
     library.module.attention(
         library.table, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),

@@ -6,9 +6,7 @@ from torch import Tensor
 from engine.kernels.native import Impl, address, choose, is_native_layout
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, impl: Impl = "auto"
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """``h / sqrt(mean(h^2) + eps) * weight`` over the last axis, h = x, or residual + x (written back to ``residual``).
 
     x, residual [m, d]; weight [d] float32 (Gemma stores weight - 1: add it first) -> [m, d] in x's dtype.
