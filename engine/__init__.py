@@ -13,13 +13,14 @@ from engine.errors import (
     RequestTooLong,
     UnsupportedModel,
 )
-from engine.options import RefineOptions
+from engine.options import DEFAULT_CONDITION, RefineOptions
 from engine.refiner import Refiner
 from engine.request import Request, Result
 
 logging.getLogger("engine").addHandler(logging.NullHandler())
 
 __all__ = [
+    "DEFAULT_CONDITION",
     "EngineDead",
     "EngineError",
     "InvalidRequest",

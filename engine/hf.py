@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from engine.batch import Feed, StepBatch
 from engine.errors import UnsupportedModel
 from engine.kernels import LinearWeight, kv_write, paged_attention
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, pages_for
 from engine.model import Head
 
 ATTENTION = "diffpo_paged"
@@ -49,6 +49,17 @@ def _paged(
     return out.view(1, t, heads, -1), None
 
 
+def _max_positions(config: PreTrainedConfig) -> int:
+    """How many positions there are at which a row does not depend on the longest sequence of its batch."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        raise UnsupportedModel(f"a {config.model_type!r} configuration has no max_position_embeddings, which is needed")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond these the frequencies change, for all positions at once
+        positions = min(positions, rope.get("original_max_position_embeddings") or positions)
+    return int(positions)
+
+
 class HFModel:
     """A transformers causal LM behind the engine's ``CausalModel`` protocol."""
 
@@ -62,7 +73,7 @@ class HFModel:
         self.head = Head(
             LinearWeight(weight, weight.shape[0], weight.shape[1], packed=False), getattr(head, "bias", None), softcap
         )
-        self.max_positions = int(config.max_position_embeddings)
+        self.max_positions = _max_positions(config)
         self.device = weight.device
         self.config = config
 
@@ -80,7 +91,7 @@ class HFModel:
             )
         except (ValueError, KeyError) as error:
             raise UnsupportedModel(f"transformers cannot load {folder}: {error}") from error
-        model.to(device).eval()
+        nn.Module.to(model, device).eval()
         self = cls(model)
         self._verify()
         return self
@@ -103,14 +114,23 @@ class HFModel:
 
     @torch.inference_mode()
     def _verify(self) -> None:
-        count = min(16, self.max_positions)
-        tokens = torch.arange(count) * 7919 % self.config.vocab_size
-        expected = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits[0].float()
-        self.model.set_attn_implementation(ATTENTION)
+        # Fed in two pieces, the second beside another sequence: a layer that keeps a state of its own, or computes
+        # attention without our cache, agrees on one whole sequence and would be wrong on everything else.
+        count = min(64, self.max_positions)
+        half, pages = count // 2, list(range(2 * pages_for(count)))
+        one = (torch.arange(count) * 7919 % self.config.vocab_size).tolist()
+        other = one[::-1]
+        texts = torch.tensor([one, other], device=self.device)
+        expected = self.model(input_ids=texts, use_cache=False).logits.float().flatten(0, 1)
+        passes = [
+            [Feed(one[:half], 0, pages[::2], 0)],
+            [Feed(one[half:], half, pages[::2], 0), Feed(other, 0, pages[1::2], 0)],
+        ]
         try:
-            batch = StepBatch.pack([Feed(tokens.tolist(), 0, [0], 0)], self.device)
-            hidden = self.forward(batch, self.new_cache(1))
-        except (RuntimeError, AttributeError, KeyError, TypeError, IndexError) as error:
+            self.model.set_attn_implementation(ATTENTION)
+            cache = self.new_cache(len(pages))
+            hidden = torch.cat([self.forward(StepBatch.pack(feeds, self.device), cache) for feeds in passes])
+        except (RuntimeError, AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} does not run with paged attention ({type(error).__name__}: {error})"
             ) from error

@@ -110,6 +110,8 @@ class JacobiSequence:
         """predicted[i] stands behind i guesses that were fed; the first is final."""
         if -1 in predicted:
             predicted = self._without_nan(predicted)
+            if self.finish_reason:
+                return
         matched = 0
         while matched < self._planned and self._guess[matched] == predicted[matched]:
             matched += 1
@@ -137,6 +139,7 @@ class JacobiSequence:
         while right < self._planned and self._guess[right] == predicted[right]:
             right += 1
         if -1 in predicted[: right + 1]:
+            self.final += predicted[:right]
             self.finish_reason = "error"
         return [max(token, 0) for token in predicted]
 
@@ -149,8 +152,6 @@ class JacobiSequence:
 
     def _finish_if_complete(self) -> None:
         limit = self.options.max_new_tokens
-        if self.finish_reason == "error":
-            return
         if self._cut_at_eos():
             self.finish_reason = "eos"
         elif len(self.final) >= limit:

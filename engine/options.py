@@ -33,7 +33,7 @@ class RefineOptions:
     top_p: float = 1.0
     """Sample from the smallest set of most probable tokens that holds this mass."""
     seed: int = 0
-    """Seed of the sampling noise; a request can bring its own."""
+    """Seed of the sampling noise, below 2**63; a request can bring its own."""
     block_size: int = 256
     """With ``steps``: response positions iterated together (N in the paper); longer answers continue block after block."""
 
@@ -43,6 +43,8 @@ class RefineOptions:
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
         _check_integer("block_size", self.block_size, 1)
         _check_integer("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be an integer in 0 .. 2**63 - 1, got {self.seed!r}")
         if self.window != "auto":
             _check_integer("window", self.window, 1)
         if not isinstance(self.realign, bool):
@@ -59,7 +61,9 @@ def check_condition(template: str) -> None:
     """Raises ValueError unless the template uses {prompt} and {draft} and nothing else."""
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except (ValueError, TypeError) as error:
+        if fields == {"prompt", "draft"}:
+            template.format(prompt="", draft="")  # what follows a field's name may be wrong too
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"condition is not a valid template ({error}), got {template!r}") from None
     if fields != {"prompt", "draft"}:
         raise ValueError(

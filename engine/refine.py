@@ -16,7 +16,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -32,7 +32,7 @@ REPORT_SECONDS = 10.0
 BUFFER_BYTES = 1 << 20
 
 _REQUEST_FIELDS = ("prompt", "messages", "prompt_ids", "draft", "draft_ids")
-_REFINE_OPTIONS = "steps keep_prefix max_new_tokens window realign condition temperature top_p seed".split()
+_REFINE_OPTIONS = "steps keep_prefix max_new_tokens window realign condition temperature top_p seed block_size".split()
 _EPILOG = """\
 input row:   prompt, messages or prompt_ids; draft or draft_ids; id, if it has one. Other fields are carried through.
 output row:  the carried fields, id (the index where it had none), index (number of the input row, from 0), text, steps,
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_refine_options(group: argparse._ArgumentGroup) -> None:
     defaults = dataclasses.asdict(RefineOptions())
     group.add_argument("--steps", type=int, metavar="K", help="Jacobi steps per block (default: until converged)")
+    _add(group, "block-size", defaults, "with --steps: response positions iterated together")
     _add(group, "keep-prefix", defaults, "leading draft tokens to keep as they are")
     _add(group, "max-new-tokens", defaults, "longest answer in tokens")
     _add(group, "window", defaults, "rows computed per sequence and step, or auto; changes only the speed", _window)
@@ -251,8 +252,7 @@ def refine_file(
 ) -> Statistics:
     """Refines all rows of ``source`` into ``target``."""
     writer = JsonlWriter(target)
-    results = cast("Generator[Result]", refiner.stream(map(to_request, read_jsonl(source)), options))
-    # a stream left open holds the refiner's lock: closing the refiner would wait for it
+    results = refiner.stream(map(to_request, read_jsonl(source)), options)
     with Progress() as progress, contextlib.closing(results):
         for result in results:
             writer.write(output_row(result, token_ids))

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -27,14 +27,18 @@ logger = logging.getLogger("engine.refiner")
 DEFAULT_CHECKPOINT = Path(__file__).parent / "refiner_checkpoint"
 """The small refiner that ships with the package."""
 
+RESULTS_HELD = 16
+"""Finished results kept back for the sake of their order, in batches of ``max_batch_size``."""
+
 RequestLike = Request | Mapping[str, Any]
 Backend = Literal["auto", "lean", "hf"]
 
 
 class Refiner:
-    """A refiner model with its KV cache. ``refine`` and ``stream`` may be called from several threads: they take turns.
+    """A refiner model with its KV cache.
 
-    Close it, or use it in a ``with`` block, to free the weights and the cache.
+    ``refine`` and ``stream`` may be called from several threads and several streams may be open at once: their requests
+    share the batch. Close it, or use it in a ``with`` block, to free the weights and the cache.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Refiner:
         if backend not in ("auto", "lean", "hf"):
             raise ValueError(f'backend must be "auto", "lean" or "hf", got {backend!r}')
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = _load_model(folder, config, _dtype(dtype), torch.device(device), backend, trust_remote_code)
+        model = _load_model(folder, config, _dtype(dtype), _device(device), backend, trust_remote_code)
         tokenizer = load_tokenizer(folder, trust_remote_code)
         return cls(
             model,
@@ -101,21 +105,17 @@ class Refiner:
 
     def stream(
         self, requests: Iterable[RequestLike], options: RefineOptions | None = None, *, ordered: bool = True
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """Yields results while later requests are still being read, in input order or as they finish.
 
         Requests are taken from the iterable only as fast as they are worked on, so it may be endless.
         """
-        options = options or RefineOptions()
-        with self._lock:
-            run = _Run(self._alive(), options, self._sequence, self._codec.decode)
-            try:
-                if ordered:
-                    yield from _in_order(run.results(iter(requests)))
-                else:
-                    yield from run.results(iter(requests))
-            finally:
-                run.cancel()
+        run = _Run(self, options or RefineOptions())
+        try:
+            finished = run.results(iter(requests))
+            yield from run.in_order(finished) if ordered else finished
+        finally:
+            run.cancel()
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the KV pool has lost a page or given one to two sequences."""
@@ -123,7 +123,7 @@ class Refiner:
             self._alive().check_integrity()
 
     def close(self) -> None:
-        """Frees weights and cache; waits for a call in another thread to end. May be called again."""
+        """Frees weights and cache; calls and streams that are still open raise EngineDead. May be called again."""
         with self._lock:
             self._scheduler = None
 
@@ -158,26 +158,19 @@ class Refiner:
 
 
 class _Run:
-    """One call of ``stream``: its requests on their way through the scheduler."""
+    """One call of ``stream``: its requests on their way through the scheduler, which other calls may be using too."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        options: RefineOptions,
-        make: Callable[[Request, RefineOptions], JacobiSequence],
-        decode: Callable[[list[int]], str | None],
-    ) -> None:
-        self.scheduler = scheduler
+    def __init__(self, refiner: Refiner, options: RefineOptions) -> None:
+        self.refiner = refiner
         self.options = options
-        self.make = make
-        self.decode = decode
-        self.open: dict[int, tuple[int, Request, JacobiSequence]] = {}  # by id of the sequence
+        self.open: list[tuple[int, Request, JacobiSequence]] = []
+        self.early: dict[int, Result] = {}  # finished before an earlier one, by index
 
     def results(self, requests: Iterator[RequestLike]) -> Iterator[Result]:
         """Results as they finish."""
         index, more = 0, True
         while more or self.open:
-            while more and self.scheduler.load < self.scheduler.max_batch_size:
+            while more and self._wants_more():
                 try:
                     value = next(requests)
                 except StopIteration:
@@ -187,25 +180,52 @@ class _Run:
                 index += 1
                 if failed:
                     yield failed
-            for sequence in self.scheduler.step() if self.open else ():
-                yield self._result(*self.open.pop(id(sequence)))
+            yield from self._step()
+
+    def in_order(self, results: Iterator[Result]) -> Iterator[Result]:
+        """The same in the order of the requests."""
+        due = 0
+        for result in results:
+            self.early[result.index] = result
+            while due in self.early:
+                yield self.early.pop(due)
+                due += 1
 
     def cancel(self) -> None:
         """Gives back what unfinished sequences hold; after a normal end there are none."""
-        for _, _, sequence in self.open.values():
-            self.scheduler.cancel(sequence)
-        self.open.clear()
+        with self.refiner._lock:
+            for _, _, sequence in self.open if self.refiner._scheduler else ():
+                self.refiner._alive().cancel(sequence)
+            self.open.clear()
+
+    def _wants_more(self) -> bool:
+        scheduler = self.refiner._alive()
+        # one long answer must not let an endless input pile up behind it
+        return scheduler.load < scheduler.max_batch_size and len(self.early) < RESULTS_HELD * scheduler.max_batch_size
 
     def _admit(self, index: int, value: RequestLike) -> Result | None:
         identity, metadata = _identity(value, index)
-        try:
-            request = Request.parse(value)
-            sequence = self.make(request, self.options)
-        except InvalidRequest as error:
-            return Result(id=identity, index=index, error=error, metadata=metadata)
-        self.open[id(sequence)] = (index, request, sequence)
-        self.scheduler.add(sequence)
+        with self.refiner._lock:  # the tokenizer is shared too
+            try:
+                request = Request.parse(value)
+                sequence = self.refiner._sequence(request, self.options)
+            except InvalidRequest as error:
+                return Result(id=identity, index=index, error=error, metadata=metadata)
+            self.refiner._alive().add(sequence)
+            self.open.append((index, request, sequence))
         return None
+
+    def _step(self) -> list[Result]:
+        """Moves everything that runs by one step; what ended of this call's own."""
+        if not self.open:
+            return []
+        with self.refiner._lock:
+            # a step of another call may have ended all of ours already
+            if not any(sequence.finish_reason for _, _, sequence in self.open):
+                self.refiner._alive().step()
+            done = [entry for entry in self.open if entry[2].finish_reason]
+            self.open = [entry for entry in self.open if not entry[2].finish_reason]
+            return [self._result(*entry) for entry in done]
 
     def _result(self, index: int, request: Request, sequence: JacobiSequence) -> Result:
         identity = index if request.id is None else request.id
@@ -219,7 +239,7 @@ class _Run:
         return Result(
             id=identity,
             index=index,
-            text=None if failed else self.decode(sequence.final),
+            text=None if failed else self.refiner._codec.decode(sequence.final),
             token_ids=[] if failed else sequence.final,
             steps=sequence.steps,
             converged=sequence.converged and not failed,
@@ -239,20 +259,19 @@ def _identity(value: object, index: int) -> tuple[str | int, dict[str, Any]]:
     return identity, metadata if isinstance(metadata, dict) else {}
 
 
-def _in_order(results: Iterator[Result]) -> Iterator[Result]:
-    early: dict[int, Result] = {}
-    due = 0
-    for result in results:
-        early[result.index] = result
-        while due in early:
-            yield early.pop(due)
-            due += 1
-
-
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if value not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'dtype must be "float32", "bfloat16" or "float16", got {dtype!r}')
+    return value
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        value = torch.device(device)
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return value
 
 

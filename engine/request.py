@@ -46,8 +46,9 @@ class Request:
             _check_messages(self.messages)
         if self.id is not None and (not isinstance(self.id, str | int) or isinstance(self.id, bool)):
             raise InvalidRequest(f"id must be a string or an integer, got {type(self.id).__name__}")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0):
-            raise InvalidRequest(f"seed must be an integer >= 0, got {self.seed!r}")
+        seed = 0 if self.seed is None else self.seed
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise InvalidRequest(f"seed must be an integer in 0 .. 2**63 - 1, got {self.seed!r}")
         if not isinstance(self.metadata, dict):
             raise InvalidRequest(f"metadata must be a dict, got {type(self.metadata).__name__}")
 
@@ -80,7 +81,8 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     """The answer's tokens, ending with EOS where there was one."""
     steps: int = 0
-    """Jacobi steps: forward passes that moved this answer."""
+    """Jacobi steps: forward passes that moved this answer. With window="auto" they and ``forward_tokens`` depend on what else
+    runs; the answer does not."""
     converged: bool = False
     """Whether the answer is the fixed point: what decoding token by token gives."""
     forward_tokens: int = 0
@@ -116,12 +118,19 @@ def _check_ids(name: str, value: object, *, may_be_empty: bool = False) -> None:
             raise InvalidRequest(f"{name} must hold integers, got {token!r} ({type(token).__name__})")
 
 
+def _describe(value: object) -> str:
+    """What was got, in a few words whatever its size and depth."""
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {sorted(map(str, value))[:5]}"
+    return f"{type(value).__name__}" + (f" of length {len(value)}" if isinstance(value, list | tuple | str) else "")
+
+
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, list | tuple) or not messages:
-        raise InvalidRequest(f"messages must be a non-empty list of chat turns, got {messages!r:.80}")
+        raise InvalidRequest(f"messages must be a non-empty list of chat turns, got {_describe(messages)}")
     for turn in messages:
         if not isinstance(turn, Mapping) or set(turn) != {"role", "content"}:
-            raise InvalidRequest(f'a message must be {{"role": ..., "content": ...}}, got {turn!r:.80}')
+            raise InvalidRequest(f'a message must be {{"role": ..., "content": ...}}, got {_describe(turn)}')
         _check_text("a message's role", turn["role"])
         _check_text("a message's content", turn["content"], may_be_empty=turn["role"] != "user")
     if messages[-1]["role"] != "user":

@@ -52,7 +52,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
         # whoever did not fit into this pass is first in the next
-        self.running.rotate(-len(feeds))
+        self.running.rotate(-sum(not sequence.finish_reason for sequence, _ in feeds))
         return done
 
     def check_integrity(self) -> None:
