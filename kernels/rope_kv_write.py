@@ -63,7 +63,7 @@ def _reference(
 ) -> None:  # fmt: skip
     kv_heads = k_cache.shape[1]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     cos, sin = rotation[positions].to(qkv.dtype)[:, None].chunk(2, dim=-1)
     for part, norm in ((q, q_norm), (k, k_norm)):
         x = part if norm is None else rms_norm(part.reshape(-1, head_dim), norm, eps, impl="torch").view_as(part)
