@@ -4,13 +4,14 @@
 constexpr int kCols = 2 * W;         // columns of one register tile
 constexpr int kRows = MAX_ROWS;      // rows of one register tile
 constexpr int64_t kBlockK = 384;     // 48 KB of a panel, 18 KB of a tile of x: between the L1 and the L2 cache
-constexpr int64_t kBlockM = 8 * kRows;  // rows that pass over a block of the panel before the next one
+constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one: 264 or 132
 
 // c[r, 0:NV*W] (+)= sum_k a[r * row_stride + k * k_stride] * b[k * ldb + 0:NV*W]
 template <int MR, int NV, class T>
 static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const T* b, int64_t ldb,
                         float* c, int64_t ldc, bool accumulate) {
   Vec acc[MR][NV] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < k_len; ++k) {
     Vec bv[NV];
 #pragma GCC unroll 4
@@ -73,12 +74,18 @@ static void group_rows(const float* x, int64_t m, int64_t k, float* out, int64_t
 // c[0:m, 0:32] = rows [row0, row0 + m) times one panel
 template <class T>
 static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel, float* c, int64_t ldc) {
+  const int64_t tiles = (m + kRows - 1) / kRows;
   for (int64_t k0 = 0; k0 < x.k; k0 += kBlockK) {
     const int64_t len = std::min(kBlockK, x.k - k0);
-    for (int64_t r = 0; r < m; r += kRows)
+    const char* next = reinterpret_cast<const char*>(panel + (k0 + len) * kPanel);
+    const int64_t share = tiles > 1 ? len * kPanel * (int64_t)sizeof(T) / tiles : 0;
+    for (int64_t r = 0; r < m; r += kRows) {
+      // weights lie in the order they are read: each tile fetches its share of the next block, which else would start cold
+      for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + r / kRows * share + i, 0, 2);
       for (int64_t col = 0; col < kPanel; col += kCols)
         tile_rows<2, T>((int)std::min<int64_t>(kRows, m - r), len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
                         panel + k0 * kPanel + col, kPanel, c + r * ldc + col, ldc, k0 > 0);
+    }
   }
 }
 

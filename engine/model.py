@@ -118,6 +118,10 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             h = _norm(x, residual, layer.attention_norm, self.spec.eps)
             h = self._attention(index, layer, h, batch, cache)
+            if index == len(self.layers) - 1:
+                # nobody reads what other rows hold behind their last K/V
+                h, residual = h[batch.logit_rows], residual[batch.logit_rows]
+            h = linear(h, layer.o, layer.o_bias)
             if layer.attention_post_norm is not None:
                 h = rms_norm(h, layer.attention_post_norm, self.spec.eps)
             h = rms_norm(h, layer.mlp_norm, self.spec.eps, residual=residual)
@@ -126,8 +130,7 @@ class Decoder:
             if layer.mlp_post_norm is not None:
                 x = rms_norm(x, layer.mlp_post_norm, self.spec.eps)
         assert x is not None
-        rows = batch.logit_rows
-        return rms_norm(x[rows], self.norm, self.spec.eps, residual=residual[rows])
+        return rms_norm(x, self.norm, self.spec.eps, residual=residual)
 
     def _attention(self, index: int, layer: Layer, h: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
         spec = self.spec
@@ -136,12 +139,11 @@ class Decoder:
             qkv, self.rotation, batch.positions, batch.slots, cache.k[index], cache.v[index],
             head_dim=spec.head_dim, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.eps,
         )  # fmt: skip
-        attended = paged_attention(
+        return paged_attention(
             qkv, cache.k[index], cache.v[index], batch.block_table, batch.row_start, batch.first_position,
             heads=spec.heads, scale=spec.attention_scale, softcap=spec.attention_softcap,
             window=spec.layer_windows[index],
         )  # fmt: skip
-        return linear(attended, layer.o, layer.o_bias)
 
     def _extend_rotation(self, positions: int) -> None:
         if positions <= self.rotation.shape[0]:
