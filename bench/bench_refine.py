@@ -54,23 +54,26 @@ class Subject:
 
 
 def against_generate(subject: Subject, rows: Rows, rounds: int) -> dict[str, Any]:
-    """One batch of all rows: given drafts, no draft, the right draft, against generate with either cache."""
+    """One batch of all rows: given drafts, no draft, the right draft, against generate with either cache; and what a draft
+    of random tokens without re-alignment, of which nothing is accepted, costs against decoding token by token."""
     answers = subject.generate(rows)
     right = [{**row, "draft_ids": answer} for row, answer in zip(rows, answers, strict=True)]
     none = [{"prompt_ids": row["prompt_ids"]} for row in rows]
+    random = random_drafts(rows, subject.vocabulary.size)
     variants: dict[str, Callable[[], Any]] = {
         "generate_dynamic": lambda: subject.generate(rows),
         "generate_static": lambda: subject.generate(rows, cache_implementation="static"),
         "refine_given_draft": lambda: subject.refine(rows),
         "refine_no_draft": lambda: subject.refine(none),
         "refine_right_draft": lambda: subject.refine(right),
+        "token_by_token": lambda: subject.refine(none, window=1, realign=False),
+        "refine_random_draft": lambda: subject.refine(random, realign=False),
     }
     details = {}
-    for name, batch in (("refine_given_draft", rows), ("refine_no_draft", none), ("refine_right_draft", right)):
-        results = subject.refine(batch)
-        details[name] = work(results) | {
-            "identical": sum(r.token_ids == a for r, a in zip(results, answers, strict=True))
-        }
+    for name in list(variants)[2:]:
+        results = variants[name]()
+        identical = sum(r.token_ids == answer for r, answer in zip(results, answers, strict=True))
+        details[name] = work(results) | {"identical": identical}
     seconds = interleaved(variants, rounds, warmup=0)
     faster = min(("generate_dynamic", "generate_static"), key=lambda name: statistics.median(seconds[name]))
     return {
@@ -80,6 +83,7 @@ def against_generate(subject: Subject, rows: Rows, rounds: int) -> dict[str, Any
         "work": details,
         "faster_generate": faster,
         "ratio": {name: ratio(seconds, faster, name) for name in details},
+        "token_by_token_over_random_draft": ratio(seconds, "token_by_token", "refine_random_draft"),
     }
 
 
@@ -152,6 +156,18 @@ def read_drafts(path: Path, count: int) -> Rows:
         rows.append({"prompt": row["prompt"], "draft": row["draft"]})
     step = max(1, len(rows) // count)  # spread over the file: neighbours share a category
     return rows[::step][:count]
+
+
+def random_drafts(rows: Rows, vocabulary: int) -> Rows:
+    """The rows with random tokens as drafts."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "draft_ids": torch.randint(3, vocabulary, (MAX_NEW_TOKENS,), generator=generator).tolist(),
+        }
+        for row in rows
+    ]
 
 
 def conditioned(subject: Subject, rows: Rows) -> Rows:
