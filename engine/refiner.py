@@ -180,7 +180,8 @@ class _Run:
                 index += 1
                 if failed:
                     yield failed
-            yield from self._step()
+            if more or self.open:
+                yield from self._step()
 
     def in_order(self, results: Iterator[Result]) -> Iterator[Result]:
         """The same in the order of the requests."""
@@ -217,10 +218,8 @@ class _Run:
 
     def _step(self) -> list[Result]:
         """Moves everything that runs by one step; what ended of this call's own."""
-        if not self.open:
-            return []
         with self.refiner._lock:
-            # a step of another call may have ended all of ours already
+            # a step of another call may have ended all of ours already; while others hold every place we move theirs on
             if not any(sequence.finish_reason for _, _, sequence in self.open):
                 self.refiner._alive().step()
             done = [entry for entry in self.open if entry[2].finish_reason]

@@ -1,6 +1,7 @@
 """From a request's text to the refiner's tokens and back: its own chat template, tokenised once."""
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from engine.errors import InvalidRequest
 from engine.jacobi import Vocabulary
 from engine.request import Request
+
+logger = logging.getLogger("engine.text")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -105,8 +108,13 @@ class TextCodec:
         if tokenizer.chat_template:
             mark = "answer"
             chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-            tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
+            try:
+                text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+            except Exception as error:  # as in _render; such a template does not say how a turn ends
+                logger.info("the chat template refuses an assistant's turn: %s", error)
+                text = ""
+            _, found, after = text.rpartition(mark)
+            tail = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
         candidates = [*tail, tokenizer.eos_token_id]
         return [token for token in candidates if token in self.vocabulary.eos][:1]
 

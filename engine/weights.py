@@ -86,8 +86,10 @@ class Checkpoint:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():  # as transformers has it; files of other formats may lie beside it
+        files = [single]
+    elif index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / name for name in names]
     else:

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -23,7 +24,11 @@ FUNCTION_WORDS = frozenset(
     "there which who when how what into about up out more most also".split()
 )
 WORD = re.compile(r"\s*\S+")
+EDIT_WEIGHT = 4.0  # most answer tokens are plain copies; those at a correction are what is left to learn
 SENTENCE_END = re.compile(r"[.!?][\"')*]*$")
+
+
+Example = tuple[list[int], list[float]]  # token ids of a chat and their loss weights
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,17 @@ def _damage_one(pieces: list[str], i: int, rng: random.Random, words: list[str])
     """Damage piece ``i`` (leading whitespace plus a word) in place; a deleted piece becomes the empty string."""
     space, word = re.match(r"(\s*)(.*)", pieces[i], re.DOTALL).groups()
     kind = rng.random()
-    if kind < 0.20 and i:  # the first word is kept, so that the draft keeps a plain start
+    if kind < 0.18 and i:  # the first word is kept, so that the draft keeps a plain start
         if word.lower() in FUNCTION_WORDS or rng.random() < 0.3:
             pieces[i] = ""
-    elif kind < 0.38:
+    elif kind < 0.42:
         pieces[i] += " " + word
     elif kind < 0.50 and i + 1 < len(pieces) and pieces[i + 1]:
         next_space, next_word = re.match(r"(\s*)(.*)", pieces[i + 1], re.DOTALL).groups()
         pieces[i], pieces[i + 1] = space + next_word, next_space + word
-    elif kind < 0.58:
+    elif kind < 0.55:
         pieces[i] = space + rng.choice(words)
-    elif kind < 0.88:
+    elif kind < 0.78:
         pieces[i] = space + _misspell(word, rng)
     else:
         pieces[i] = f"{space}{rng.choice(FILLERS)} {word}"
@@ -88,7 +93,7 @@ def damage(text: str, rng: random.Random, words: list[str]) -> str:
         if rng.random() < rate:
             _damage_one(pieces, i, rng, words)
         starts = i == 0 or bool(SENTENCE_END.search(pieces[i - 1]))
-        if starts and rng.random() < 0.12:
+        if starts and rng.random() < 0.2:
             pieces[i] = pieces[i].lower()
         if SENTENCE_END.search(pieces[i]) and rng.random() < 0.08:
             pieces[i] = pieces[i].rstrip(".!?")
@@ -99,7 +104,7 @@ def damage(text: str, rng: random.Random, words: list[str]) -> str:
 
 @dataclass
 class ExampleMaker:
-    """Draws chat examples as (token ids, loss mask) from training rows."""
+    """Draws chat examples as token ids with loss weights from training rows."""
 
     rows: list[Row]
     tokenizer: Tokenizer
@@ -111,14 +116,21 @@ class ExampleMaker:
         self.words = sorted({word for text in texts for word in re.findall(r"[A-Za-z][a-z]+", text)})
         self._special = {name: self.tokenizer.token_to_id(name) for name in (USER, ASSISTANT, END)}
 
-    def encode(self, user: str, answer: str) -> tuple[list[int], list[bool]]:
-        """Token ids of one turn as the chat template writes it, with the mask of the answer and its end of turn."""
+    def encode(self, prompt: str, answer: str, draft: str | None = None) -> Example:
+        """Token ids of one turn as the chat template writes it, with the loss weights of the answer and its end."""
         encode: Callable[[str], list[int]] = lambda text: self.tokenizer.encode(text).ids  # noqa: E731
+        user = prompt if draft is None else CONDITION.format(prompt=prompt, draft=draft)
         head = [self._special[USER], *encode(user), self._special[END], self._special[ASSISTANT]]
         tail = [*encode(answer), self._special[END]]
-        return head + tail, [False] * len(head) + [True] * len(tail)
+        weights = [1.0] * len(tail)
+        if draft is not None and draft != answer:
+            matcher = SequenceMatcher(None, encode(draft), tail[:-1], autojunk=False)
+            for tag, _, _, start, stop in matcher.get_opcodes():
+                if tag != "equal":  # with the token after it, which shows whether something was left out or skipped
+                    weights[start : stop + 1] = [EDIT_WEIGHT] * (stop + 1 - start)
+        return head + tail, [0.0] * len(head) + weights
 
-    def copy_example(self, max_words: int, few: bool = False) -> tuple[list[int], list[bool]]:
+    def copy_example(self, max_words: int, few: bool = False) -> Example:
         """A list of random words to repeat: nothing but attention to the draft can predict it.
 
         With ``few`` different words the same word pairs come again and again, so that a short history does not tell
@@ -127,23 +139,22 @@ class ExampleMaker:
         count = self.rng.randint(3, max_words)
         words = self.rng.sample(self.words, self.rng.randint(2, 3 + count // 4)) if few else self.words
         text = " ".join(self.rng.choices(words, k=count))
-        return self.encode(CONDITION.format(prompt=self._short_prompt(), draft=text), text)
+        return self.encode(self._short_prompt(), text, text)
 
-    def chunk_example(self, max_words: int) -> tuple[list[int], list[bool]]:
+    def chunk_example(self, max_words: int) -> Example:
         """A damaged chunk of any response, with the right prompt, another one or none."""
         row = self.rng.choice(self.rows)
         answer = self._chunk(self.rng.choice((row.best, *row.others)), max_words)
         prompt = row.prompt if len(row.prompt) < 400 and self.rng.random() < 0.5 else self._short_prompt()
-        return self.encode(CONDITION.format(prompt=prompt, draft=damage(answer, self.rng, self.words)), answer)
+        return self.encode(prompt, answer, damage(answer, self.rng, self.words))
 
-    def full_example(self, max_tokens: int, conditioned: bool) -> tuple[list[int], list[bool]]:
+    def full_example(self, max_tokens: int, conditioned: bool) -> Example:
         """A best response from its start, cut after at most ``max_tokens``, with or without its damaged draft."""
         row = self.rng.choice(self.rows)
         answer = cut(row.best, max_tokens, self.tokenizer)
         if not conditioned:
             return self.encode(row.prompt[:800], answer)
-        draft = damage(answer, self.rng, self.words)
-        return self.encode(CONDITION.format(prompt=row.prompt[:800], draft=draft), answer)
+        return self.encode(row.prompt[:800], answer, damage(answer, self.rng, self.words))
 
     def _short_prompt(self) -> str:
         prompt = self.rng.choice(self.rows).prompt

@@ -1,4 +1,4 @@
-"""What `make demo` runs: the refiner corrects drafts, shown side by side, and is timed against decoding token by token."""
+"""What `make demo` runs: the refiner corrects drafts, shown side by side, timed against decoding token by token."""
 
 import argparse
 import difflib
@@ -17,7 +17,8 @@ from engine import RefineOptions, Refiner, Result
 from engine.options import DEFAULT_CONDITION
 
 DRAFTS = Path(__file__).parent / "drafts.jsonl"
-REPEATS = 3
+REPEATS, REPEAT_SECONDS = 3, 10.0
+"""Most runs that are timed; no further one starts after so many seconds."""
 GAP = "   "
 
 REFINE = RefineOptions(condition=DEFAULT_CONDITION)
@@ -34,8 +35,11 @@ class Style:
     def __init__(self) -> None:
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
-    def mark(self, word: str, before: bool) -> str:
-        return word if self.colour else f"[-{word}-]" if before else f"{{+{word}+}}"
+    def mark(self, words: list[str], before: bool) -> list[str]:
+        if self.colour or not words:
+            return words
+        start, end = ("[-", "-]") if before else ("{+", "+}")
+        return f"{start}{' '.join(words)}{end}".split()
 
     def paint(self, word: str, before: bool) -> str:
         return f"\033[1;{31 if before else 32}m{word}\033[0m" if self.colour else word
@@ -44,14 +48,15 @@ class Style:
         return f"\033[1m{text}\033[0m" if self.colour else text
 
 
-def compare(draft: str, refined: str) -> tuple[list[Word], list[Word]]:
+def compare(draft: str, refined: str, style: Style) -> tuple[list[Word], list[Word]]:
     """The words of both texts, each with whether it differs from the other text."""
     before, after = draft.split(), refined.split()
     left: list[Word] = []
     right: list[Word] = []
     for kind, i, i_end, j, j_end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        left += [(word, kind != "equal") for word in before[i:i_end]]
-        right += [(word, kind != "equal") for word in after[j:j_end]]
+        old, new, changed = before[i:i_end], after[j:j_end], kind != "equal"
+        left += [(word, changed) for word in (style.mark(old, True) if changed else old)]
+        right += [(word, changed) for word in (style.mark(new, False) if changed else new)]
     return left, right
 
 
@@ -60,8 +65,7 @@ def wrap(words: list[Word], width: int, before: bool, style: Style) -> list[str]
     lines: list[str] = []
     line, used = "", 0
     for word, changed in words:
-        shown = style.mark(word, before) if changed else word
-        for part in (shown[i : i + width] for i in range(0, len(shown), width)):
+        for part in (word[i : i + width] for i in range(0, len(word), width)):
             if used and used + 1 + len(part) > width:
                 lines.append(line + " " * (width - used))
                 line, used = "", 0
@@ -78,7 +82,7 @@ def show(row: Row, result: Result, columns: int, style: Style) -> None:
     if result.error:
         print(f"error: {result.error}\n")
         return
-    left, right = compare(row["draft"], result.text or "")
+    left, right = compare(row["draft"], result.text or "", style)
     before, after = wrap(left, width, True, style), wrap(right, width, False, style)
     before.insert(0, "draft".ljust(width))
     after.insert(0, "refined".ljust(width))
@@ -105,19 +109,27 @@ class Timing:
         return sum(len(result.token_ids) for result in self.results)
 
     def __str__(self) -> str:
-        spread = f"{min(self.seconds):.2f} to {max(self.seconds):.2f} s in {len(self.seconds)} runs"
+        runs = len(self.seconds)
+        spread = f"median of {runs} runs, {min(self.seconds):.2f} to {max(self.seconds):.2f} s" if runs > 1 else "1 run"
         return f"{self.median:7.2f} s  {self.tokens / self.median:7.1f} tokens/s   ({spread})"
 
 
 def measure(refiner: Refiner, rows: list[Row], together: bool) -> tuple[Timing, Timing]:
     """Times refining and decoding token by token in turns, all rows together or one after the other."""
     timings = Timing([], []), Timing([], [])
-    for _ in range(REPEATS):
-        for timing, options in zip(timings, (REFINE, TOKEN_BY_TOKEN), strict=True):
-            start = time.perf_counter()
-            batches = [rows] if together else [[row] for row in rows]
-            timing.results[:] = [result for batch in batches for result in refiner.refine(batch, options)]
-            timing.seconds.append(time.perf_counter() - start)
+    started = time.perf_counter()
+    while not timings[0].seconds or (
+        len(timings[0].seconds) < REPEATS and time.perf_counter() - started < REPEAT_SECONDS
+    ):
+        for timing in timings:
+            timing.results.clear()
+            timing.seconds.append(0.0)
+        # in turns batch by batch, so that whatever else the machine does slows both alike
+        for batch in [rows] if together else [[row] for row in rows]:
+            for timing, options in zip(timings, (REFINE, TOKEN_BY_TOKEN), strict=True):
+                start = time.perf_counter()
+                timing.results.extend(refiner.refine(batch, options))
+                timing.seconds[-1] += time.perf_counter() - start
     return timings
 
 
@@ -129,9 +141,9 @@ def report(title: str, refined: Timing, plain: Timing) -> bool:
         f"{title}\n"
         f"  refining from the draft {refined}\n"
         f"  token by token          {plain}\n"
-        f"  speed ratio against the same engine decoding token by token (window=1, realign=False), measured in this run: "
-        f"{plain.median / refined.median:.2f}x\n"
-        f"  token ids of both: "
+        f"  speed ratio             {plain.median / refined.median:.2f}x, measured in this run against the same engine "
+        f"decoding token by token (window=1, realign=False)\n"
+        f"  token ids of both       "
         + (
             f"identical for all {answers} answers"
             if same == answers

@@ -8,7 +8,8 @@ The model sees chat turns in two forms and is trained on the assistant's answer 
 
 Conditioned examples are mostly short chunks. They are taken from all responses of a prompt, not only the best one:
 copying needs more variety of text than the best responses have. Early training adds lists of random words to
-repeat. Answers grow from a few words to 256 tokens, and later rows join several turns into one conversation.
+repeat. Answers grow from a few words to 256 tokens, and later rows join several turns into one conversation. Training
+starts from weights that can copy (see refiner_init.py); a second run with --init goes on from a checkpoint.
 
 The last HELD_OUT prompts of the data file are never trained on, by the tokenizer neither. With --steps a run is
 deterministic for its seed; with --minutes the schedule follows the clock instead.
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from refiner_data import ASSISTANT, END, PAD, USER, ExampleMaker, Row, load_rows
+from refiner_data import ASSISTANT, END, PAD, USER, Example, ExampleMaker, Row, load_rows
 from refiner_init import write_induction
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,7 +38,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-Example = tuple[list[int], list[bool]]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -84,7 +84,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    write_induction(model)
+    write_induction(model, *tokenizer.convert_tokens_to_ids([USER, ASSISTANT]))
     return model
 
 
@@ -94,25 +94,25 @@ def draw(maker: ExampleMaker, progress: float) -> Example:
     longest = 30 if progress < 0.05 else 80
     if kind < 0.05 + max(0.0, 0.2 - 2 * progress):
         return maker.copy_example(max_words=longest, few=rng.random() < 0.6)
-    if kind > 0.92:
+    if kind > 0.94:
         return maker.full_example(max_tokens=160, conditioned=False)
-    if kind > 0.84 - 0.08 * progress:
+    if kind > 0.86:
         return maker.full_example(max_tokens=rng.choice((128, 256)), conditioned=True)
     turns = [maker.chunk_example(max_words=longest)]
     if progress > 0.5 and rng.random() < 0.15:
         turns += [maker.chunk_example(max_words=longest) for _ in range(rng.randint(1, 3))]
-    return [i for ids, _ in turns for i in ids], [m for _, mask in turns for m in mask]
+    return [i for ids, _ in turns for i in ids], [w for _, weights in turns for w in weights]
 
 
 def collate(examples: list[Example], pad: int) -> Batch:
     """Right-pad examples: attention is causal, so padding needs no mask, only to be left out of the loss."""
     width = max(len(ids) for ids, _ in examples)
     ids = torch.full((len(examples), width), pad)
-    mask = torch.zeros((len(examples), width), dtype=torch.bool)
-    for i, (row, keep) in enumerate(examples):
+    weights = torch.zeros((len(examples), width))
+    for i, (row, weight) in enumerate(examples):
         ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(keep)] = torch.tensor(keep)
-    return ids, mask
+        weights[i, : len(weight)] = torch.tensor(weight)
+    return ids, weights
 
 
 def batches(examples: list[Example], tokens: int, pad: int) -> Iterator[Batch]:
@@ -129,11 +129,12 @@ def batches(examples: list[Example], tokens: int, pad: int) -> Iterator[Batch]:
 
 def forward(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and correct guesses of the answer tokens; logits are computed for these tokens alone."""
-    ids, mask = batch
+    ids, weights = batch
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[:, :-1][mask[:, 1:]])
-    labels = ids[:, 1:][mask[:, 1:]]
-    return F.cross_entropy(logits, labels), logits.argmax(-1) == labels
+    answer = weights[:, 1:] > 0
+    logits, labels, weight = model.lm_head(hidden[:, :-1][answer]), ids[:, 1:][answer], weights[:, 1:][answer]
+    loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
+    return loss, logits.argmax(-1) == labels
 
 
 @torch.no_grad()
@@ -152,6 +153,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     )
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def average(model: LlamaForCausalLM, first: LlamaForCausalLM, share: float) -> None:
+    """Mix the weights of ``model`` with those of ``first``: it makes a short second stage copy more steadily."""
+    for weight, old in zip(model.parameters(), first.parameters(), strict=True):
+        weight.lerp_(old, 1 - share)
 
 
 def evaluation_sets(maker: ExampleMaker, pad: int) -> dict[str, list[Batch]]:
@@ -176,9 +184,51 @@ def optimizer_for(model: LlamaForCausalLM, lr: float) -> torch.optim.Optimizer:
     groups = [
         {"params": matrices, "weight_decay": 0.05, "peak": lr},
         {"params": vectors, "weight_decay": 0.0, "peak": lr},
-        {"params": [embedding], "weight_decay": 0.0, "peak": 0.2 * lr},
+        {"params": [embedding], "weight_decay": 0.0, "peak": 0.3 * lr},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def scores(model: LlamaForCausalLM, held_out: dict[str, list[Batch]]) -> dict[str, float]:
+    """Teacher-forced accuracy on each held-out set."""
+    return {name: round(accuracy(model, groups), 4) for name, groups in held_out.items()}
+
+
+class Budget:
+    """How far a run is, from 0 to 1, by steps or by the clock."""
+
+    def __init__(self, steps: int | None, minutes: float | None) -> None:
+        self.steps, self.seconds = steps, (minutes or 0) * 60
+        self.start = time.monotonic()
+        self.done = 0
+
+    def progress(self) -> float:
+        """Share of the budget used up."""
+        return self.done / self.steps if self.steps else (time.monotonic() - self.start) / self.seconds
+
+
+def stream(maker: ExampleMaker, budget: Budget, tokens: int, pad: int, first: float) -> Iterator[Batch]:
+    """Draw batches, from short to long answers, until the budget is used up."""
+    while True:
+        progress = first + (1 - first) * budget.progress()
+        pool = list(batches([draw(maker, progress) for _ in range(400)], tokens, pad))
+        maker.rng.shuffle(pool)
+        for batch in pool:
+            if budget.progress() >= 1.0:
+                return
+            yield batch
+
+
+def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, rate: float) -> float:
+    """One optimizer step at ``rate`` times the peak learning rates; returns the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    loss, _ = forward(model, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def train(args: argparse.Namespace) -> None:
@@ -187,44 +237,33 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rows = load_rows(args.data)
     tokenizer = build_tokenizer(rows[:-HELD_OUT], args.vocab)
-    core = tokenizer.backend_tokenizer
+    core, pad = tokenizer.backend_tokenizer, tokenizer.pad_token_id
     maker = ExampleMaker(rows[:-HELD_OUT], core, random.Random(args.seed))
-    held_out = evaluation_sets(ExampleMaker(rows[-HELD_OUT:], core, random.Random(1)), tokenizer.pad_token_id)
-    model = build_model(args, tokenizer)
+    held_out = evaluation_sets(ExampleMaker(rows[-HELD_OUT:], core, random.Random(1)), pad)
+    model = (
+        LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else build_model(args, tokenizer)
+    )
     optimizer = optimizer_for(model, args.lr)
     print(f"{model.num_parameters() / 1e6:.2f}M parameters, {len(rows) - HELD_OUT} training prompts", flush=True)
-    start = logged = saved = time.monotonic()
-    step = seen = 0
-    progress = 0.0
-    while progress < 1.0:
-        pool = list(batches([draw(maker, progress) for _ in range(400)], args.tokens, tokenizer.pad_token_id))
-        maker.rng.shuffle(pool)
-        for batch in pool:
-            elapsed = time.monotonic() - start
-            progress = step / args.steps if args.steps else elapsed / (args.minutes * 60)
-            if progress >= 1.0:
-                break
-            rate = min(1.0, (step + 1) / args.warmup) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
-            loss, _ = forward(model, batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step, seen = step + 1, seen + batch[0].numel()
-            now = time.monotonic()
-            if now - logged > args.log_seconds:
-                logged = now
-                scores = {name: round(accuracy(model, groups), 3) for name, groups in held_out.items()}
-                line = {"s": int(elapsed), "step": step, "ktok": seen // 1000, "loss": round(loss.item(), 3), **scores}
-                print(json.dumps(line), flush=True)
-            if now - saved > args.save_seconds:
-                saved = now
-                save(model, tokenizer, args.out)
+    budget = Budget(args.steps, args.minutes)
+    logged = saved = budget.start
+    seen = 0
+    for batch in stream(maker, budget, args.tokens, pad, first=0.5 if args.init else 0.0):
+        rate = min(1.0, (budget.done + 1) / args.warmup) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * budget.progress()))
+        loss = train_step(model, optimizer, batch, rate)
+        budget.done, seen = budget.done + 1, seen + batch[0].numel()
+        now = time.monotonic()
+        if now - logged > args.log_seconds:
+            logged = now
+            line = {"s": int(now - budget.start), "step": budget.done, "ktok": seen // 1000, "loss": round(loss, 3)}
+            print(json.dumps(line | scores(model, held_out)), flush=True)
+        if now - saved > args.save_seconds:
+            saved = now
+            save(model, tokenizer, args.out)
+    if args.init:
+        average(model, LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32), args.mix)
     save(model, tokenizer, args.out)
-    scores = {name: round(accuracy(model, groups), 4) for name, groups in held_out.items()}
-    print(json.dumps({"done": True, "steps": step, "ktok": seen // 1000, **scores}), flush=True)
+    print(json.dumps({"done": budget.done, "ktok": seen // 1000, **scores(model, held_out)}), flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -232,6 +271,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="JSON lines: prompt, responses with text and reward")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--init", type=Path, help="checkpoint of a first stage; goes on without its short, easy start")
+    parser.add_argument("--mix", type=float, default=1.0, help="share of the new weights in the result, with --init")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="time budget")
     budget.add_argument("--steps", type=int, help="number of optimizer steps (deterministic)")
@@ -242,8 +283,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="padded tokens of a batch")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=320)
-    parser.add_argument("--intermediate", type=int, default=896)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--intermediate", type=int, default=640)
+    parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--log-seconds", type=float, default=180)
     parser.add_argument("--save-seconds", type=float, default=300)
