@@ -1,0 +1,57 @@
+"""Pages and their owners."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels import PAGE_SIZE, kv_cache_shapes
+from engine.kv_cache import KVCache, PagePool, pages_for
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 30), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=40))
+def test_every_page_has_one_place(size: int, actions: list[tuple[bool, int]]) -> None:
+    pool = PagePool(size)
+    owned: list[list[int]] = []
+    for take, number in actions:
+        if take:
+            free = pool.free_count
+            pages = pool.allocate(number)
+            assert (pages is None) == (number > free)
+            if pages is not None:
+                assert len(pages) == number
+                owned.append(pages)
+        elif owned:
+            pool.release(owned.pop(number % len(owned)))
+        pool.check_integrity(owned)
+        assert pool.free_count == size - sum(map(len, owned))
+
+
+def test_integrity_errors_name_the_pages() -> None:
+    pool = PagePool(4)
+    pages = pool.allocate(2)
+    assert pages is not None
+    with pytest.raises(AssertionError, match=rf"lost \[{pages[0]}\]"):
+        pool.check_integrity([pages[1:]])
+    pool.release(pages)
+    with pytest.raises(AssertionError, match=rf"shared \[{pages[0]}\]"):
+        pool.check_integrity([pages[:1]])
+
+
+@pytest.mark.parametrize(("positions", "pages"), [(1, 1), (PAGE_SIZE, 1), (PAGE_SIZE + 1, 2), (10 * PAGE_SIZE, 10)])
+def test_pages_for(positions: int, pages: int) -> None:
+    assert pages_for(positions) == pages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_storage_starts_as_zeros_of_the_kernels_shapes(dtype: torch.dtype) -> None:
+    cache = KVCache(3, 5, 2, 12, dtype, torch.device("cpu"))
+    shapes = kv_cache_shapes(5, 2, 12)
+    assert len(cache.k) == len(cache.v) == 3
+    for tensors, shape in zip((cache.k, cache.v), shapes, strict=True):
+        for tensor in tensors:
+            assert tensor.shape == shape
+            assert tensor.dtype == dtype
+            assert tensor.is_contiguous()
+            assert not tensor.any()
