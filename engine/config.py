@@ -57,6 +57,9 @@ class ModelSpec:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def is_gemma(self) -> bool:
@@ -99,6 +102,9 @@ def model_spec(config: PreTrainedConfig) -> ModelSpec:
         attention_softcap=fields.get("attn_logit_softcapping"),
         logit_softcap=fields.get("final_logit_softcapping"),
         tied=bool(fields["tie_word_embeddings"]),
+        qkv_bias=family == "qwen2" or bool(fields.get("attention_bias")),
+        output_bias=bool(fields.get("attention_bias")),
+        mlp_bias=bool(fields.get("mlp_bias")),
     )
 
 

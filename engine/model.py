@@ -187,13 +187,13 @@ class _Loader:
         before_mlp = "pre_feedforward_layernorm" if s.is_gemma else "post_attention_layernorm"
         return Layer(
             qkv=self._matrix(qkv, qkv_rows, s.hidden_size),
-            qkv_bias=self._bias(qkv, qkv_rows),
+            qkv_bias=self._bias(qkv, qkv_rows, s.qkv_bias),
             o=self._matrix([attention + "o_proj"], [s.hidden_size], s.heads * s.head_dim),
-            o_bias=self._bias([attention + "o_proj"], [s.hidden_size]),
+            o_bias=self._bias([attention + "o_proj"], [s.hidden_size], s.output_bias),
             gate_up=self._matrix(gate_up, gate_up_rows, s.hidden_size),
-            gate_up_bias=self._bias(gate_up, gate_up_rows),
+            gate_up_bias=self._bias(gate_up, gate_up_rows, s.mlp_bias),
             down=self._matrix([mlp + "down_proj"], [s.hidden_size], s.intermediate_size),
-            down_bias=self._bias([mlp + "down_proj"], [s.hidden_size]),
+            down_bias=self._bias([mlp + "down_proj"], [s.hidden_size], s.mlp_bias),
             attention_norm=self._norm_weight(prefix + "input_layernorm", s.hidden_size),
             mlp_norm=self._norm_weight(prefix + before_mlp, s.hidden_size),
             q_norm=self._norm_weight(attention + "q_norm", s.head_dim) if s.has_qk_norm else None,
@@ -212,14 +212,11 @@ class _Loader:
             self.checkpoint.read_into(weight, first, name + ".weight", count)
         return weight
 
-    def _bias(self, names: list[str], rows: list[int]) -> Tensor | None:
-        """The parts' biases as one vector, zeros for a part without; None where none has one."""
-        if not any(name + ".bias" in self.checkpoint for name in names):
+    def _bias(self, names: list[str], rows: list[int], present: bool) -> Tensor | None:
+        """The parts' biases as one vector, None where the model has none."""
+        if not present:
             return None
-        parts = [
-            self.checkpoint.vector(name + ".bias", count) if name + ".bias" in self.checkpoint else torch.zeros(count)
-            for name, count in zip(names, rows, strict=True)
-        ]
+        parts = [self.checkpoint.vector(name + ".bias", count) for name, count in zip(names, rows, strict=True)]
         return torch.cat(parts).to(self.device, self.compute_dtype)
 
     def _norm_weight(self, name: str, size: int) -> Tensor:

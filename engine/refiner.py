@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +66,7 @@ class Refiner:
         self._codec = TextCodec(tokenizer, vocabulary)
         self._knee = knee_rows(model.device)
         self._lock = threading.Lock()
+        self._abandoned: deque[JacobiSequence] = deque()  # appended to without the lock
 
     @classmethod
     def from_pretrained(
@@ -120,6 +122,7 @@ class Refiner:
     def check_integrity(self) -> None:
         """Raises AssertionError if the KV pool has lost a page or given one to two sequences."""
         with self._lock:
+            self._drop_abandoned()
             self._alive().check_integrity()
 
     def close(self) -> None:
@@ -139,6 +142,12 @@ class Refiner:
         if self._scheduler is None:
             raise EngineDead("this Refiner is closed: load a new one")
         return self._scheduler
+
+    def _drop_abandoned(self) -> None:
+        while self._abandoned:
+            sequence = self._abandoned.popleft()
+            if self._scheduler is not None:
+                self._scheduler.cancel(sequence)
 
     def _sequence(self, request: Request, options: RefineOptions) -> JacobiSequence:
         scheduler = self._alive()
@@ -194,10 +203,15 @@ class _Run:
 
     def cancel(self) -> None:
         """Gives back what unfinished sequences hold; after a normal end there are none."""
-        with self.refiner._lock:
-            for _, _, sequence in self.open if self.refiner._scheduler else ():
-                self.refiner._alive().cancel(sequence)
-            self.open.clear()
+        self.refiner._abandoned.extend(sequence for _, _, sequence in self.open)
+        self.open.clear()
+        # Never waits: the garbage collector may end a stream anywhere, also in a thread that holds the lock. Then the
+        # pages come back when the lock is next taken.
+        if self.refiner._abandoned and self.refiner._lock.acquire(blocking=False):
+            try:
+                self.refiner._drop_abandoned()
+            finally:
+                self.refiner._lock.release()
 
     def _wants_more(self) -> bool:
         scheduler = self.refiner._alive()
@@ -219,6 +233,7 @@ class _Run:
     def _step(self) -> list[Result]:
         """Moves everything that runs by one step; what ended of this call's own."""
         with self.refiner._lock:
+            self.refiner._drop_abandoned()
             # a step of another call may have ended all of ours already; while others hold every place we move theirs on
             if not any(sequence.finish_reason for _, _, sequence in self.open):
                 self.refiner._alive().step()
@@ -290,7 +305,8 @@ def _load_model(
 
 
 def read_vocabulary(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
-    """EOS and pad ids as transformers' generate takes them: generation config first, then the model's, then the tokenizer's."""
+    """EOS and pad ids: from the generation config, which is what transformers' generate reads; where that has none, from the
+    model's configuration, then from the tokenizer."""
     sources: list[Any] = [config, tokenizer]
     if (folder / "generation_config.json").exists():
         sources.insert(0, GenerationConfig.from_pretrained(folder))

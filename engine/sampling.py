@@ -38,8 +38,9 @@ def sample(hidden: Tensor, head: Head, seeds: Tensor, positions: Tensor, tempera
     tokens = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        scores = logits(hidden[part], head.weight, head.bias, softcap=head.softcap).double() / temperature
+        scores = logits(hidden[part], head.weight, head.bias, softcap=head.softcap).double()
         broken = scores.isnan().any(-1)
+        scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature overflows it
         if top_p < 1:
             scores = scores.masked_fill(~nucleus(scores.softmax(-1), top_p), float("-inf"))
         scores += gumbel_noise(seeds[part], positions[part], vocabulary)

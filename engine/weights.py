@@ -54,9 +54,6 @@ class Checkpoint:
         self._stack.close()
         self._slices.clear()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._slices
-
     def vector(self, name: str, size: int) -> Tensor:
         """A 1-d tensor of the given size as float32."""
         part = self._open(name, [size])
