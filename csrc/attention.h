@@ -85,12 +85,18 @@ static void attend_tile(const AttentionArgs& a, const AttentionTile& t, float* q
       if (shrink != 1.f)
         for (int64_t i = 0; i < dv; i += W) store(out_tile + r * dv + i, load(out_tile + r * dv + i) * splat(shrink));
     }
-    // Only positions this sequence has written: the rest of its last page may hold anything, NaN included.
-    const int64_t used = std::min<int64_t>(kPage, last + 1 - start);
-    int64_t col = 0;
-    for (; col + kCols <= dv; col += kCols)
-      tile_rows<2>(rows, used, scores, kPage, 1, v_page + col, dv, out_tile + col, dv, true);
-    for (; col < dv; col += W) tile_rows<1>(rows, used, scores, kPage, 1, v_page + col, dv, out_tile + col, dv, true);
+    // A row takes V up to its own position: behind it lie guesses and what nobody has written, and 0 * NaN is NaN.
+    for (int r = 0, end; r < rows; r = end) {
+      const int64_t used = std::min<int64_t>(kPage, position[r] + 1 - start);
+      for (end = r + 1; end < rows && std::min<int64_t>(kPage, position[end] + 1 - start) == used;) ++end;
+      if (used <= 0) continue;
+      const float* weights = scores + r * kPage;
+      float* sums = out_tile + r * dv;
+      int64_t col = 0;
+      for (; col + kCols <= dv; col += kCols)
+        tile_rows<2>(end - r, used, weights, kPage, 1, v_page + col, dv, sums + col, dv, true);
+      for (; col < dv; col += W) tile_rows<1>(end - r, used, weights, kPage, 1, v_page + col, dv, sums + col, dv, true);
+    }
   }
   for (int r = 0; r < rows; ++r) {
     float* o = a.out + (head_of[r] - a.q) / a.q_stride * a.heads * d + (t.kv_head * group + (t.row0 + r) % group) * d;
@@ -102,11 +108,13 @@ static void attention(const AttentionArgs& a) {
   const std::vector<AttentionTile> tiles = attention_tiles(a);
   const int64_t count = (int64_t)tiles.size();
   const int threads = count < 2 ? 1 : (int)std::min<int64_t>(a.threads, count);
-  (void)threads;
+  // allocated out here: an exception must not leave a parallel region
+  const int64_t scratch = (a.head_dim + a.v_stride) * kRows;
+  std::vector<float> buffers(threads * scratch);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> q_tile(a.head_dim * kRows), out_tile(a.v_stride * kRows);
+    float* q_tile = buffers.data() + DIFFPO_RANK * scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) attend_tile(a, tiles[i], q_tile.data(), out_tile.data());
+    for (int64_t i = 0; i < count; ++i) attend_tile(a, tiles[i], q_tile, q_tile + a.head_dim * kRows);
   }
 }

@@ -1,4 +1,4 @@
-// y = x W^T over packed weights. Every output is one chain of fused multiply-adds over k, cut into blocks of kBlockK that
+// y = x W^T over packed weights. Every output is one chain of multiply-adds over k (fused where the processor can), cut into blocks of kBlockK that
 // are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch it is in.
 
 constexpr int kCols = 2 * W;         // columns of one register tile

@@ -29,7 +29,7 @@ static inline float lane_max(Vec v) {
   return s;
 }
 
-// exp to about 2 ulp (range reduction by ln 2 in two parts, degree-6 polynomial as in Cephes' expf).
+// exp to about 2 ulp for -87.3 < x < 88.3, clamped below, inf above (range reduction by ln 2 in two parts, degree-6 polynomial as in Cephes' expf).
 static inline Vec vexp(Vec x) {
   x = select(x < splat(-87.3f), splat(-87.3f), x);
   x = select(x > splat(88.7f), splat(88.7f), x);

@@ -10,6 +10,7 @@ from engine.errors import (
     EngineError,
     InvalidRequest,
     NonFiniteLogits,
+    OutOfMemory,
     RequestTooLong,
     UnsupportedModel,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "EngineError",
     "InvalidRequest",
     "NonFiniteLogits",
+    "OutOfMemory",
     "RefineOptions",
     "Refiner",
     "Request",

@@ -38,6 +38,8 @@ class StepBatch:
     """[sequences, most pages] int32."""
     logit_rows: Tensor
     """[r] int64: the rows whose next token is predicted."""
+    end: int
+    """One more than the largest position; known without asking the device."""
 
     @classmethod
     def pack(cls, feeds: list[Feed], device: torch.device) -> "StepBatch":
@@ -66,4 +68,5 @@ class StepBatch:
             first_position=tensor(first, np.int32),
             block_table=tensor(table, np.int32),
             logit_rows=tensor(logit_rows),
+            end=int(positions.max()) + 1,
         )

@@ -17,9 +17,13 @@ class NonFiniteLogits(EngineError):
     """The model produced only NaN for a position; that request ends, the others go on."""
 
 
+class OutOfMemory(EngineError):
+    """A forward pass did not fit into memory; the requests in it end, the others go on."""
+
+
 class UnsupportedModel(EngineError):
     """A checkpoint needs something the engine does not implement; raised when it is loaded."""
 
 
 class EngineDead(EngineError):
-    """The refiner was closed, or failed in a way that left its state unusable."""
+    """The refiner was closed."""

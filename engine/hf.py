@@ -38,6 +38,11 @@ def _paged(
         raise UnsupportedModel(
             f"{type(module).__name__} passes {unknown or 'a mask'} to its attention, which is not honoured"
         )
+    config = cast(PreTrainedConfig, module.config)
+    if getattr(config, "sliding_window", None) and "sliding_window" not in kwargs:
+        raise UnsupportedModel(
+            f"{type(module).__name__} keeps its sliding window of {config.sliding_window} in the mask, which is not honoured"
+        )
     layer, heads, t = cast(int, module.layer_idx), query.shape[1], query.shape[2]
     k_cache, v_cache = cache.k[layer], cache.v[layer]
     kv_write(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, k_cache, v_cache)
@@ -51,6 +56,8 @@ def _paged(
 
 def _max_positions(config: PreTrainedConfig) -> int:
     """How many positions there are at which a row does not depend on the longest sequence of its batch."""
+    if getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModel(f"config field 'attention_chunk_size' = {config.attention_chunk_size} is not honoured")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         raise UnsupportedModel(f"a {config.model_type!r} configuration has no max_position_embeddings, which is needed")

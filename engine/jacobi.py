@@ -8,6 +8,7 @@ it; K/V is valid below that one, so the next step starts there and simply overwr
 from dataclasses import dataclass
 
 from engine.batch import Feed
+from engine.errors import EngineError, NonFiniteLogits
 from engine.options import RefineOptions
 from engine.realign import Realigner
 from engine.request import FinishReason
@@ -39,6 +40,7 @@ class JacobiSequence:
         self.forward_tokens = 0
         self.converged = True
         self.finish_reason: FinishReason | None = None
+        self.error: EngineError | None = None
         draft = draft[: options.max_new_tokens]
         kept = min(options.keep_prefix, len(draft))
         self.final = draft[:kept]
@@ -87,6 +89,11 @@ class JacobiSequence:
         self.steps += 1
         self._accept(self._predicted)
         self._fed, self._predicted = [], []
+
+    def fail(self, error: EngineError) -> None:
+        """Ends the sequence with an error."""
+        self.error = error
+        self.finish_reason = "error"
 
     def _certain(self, start: int, stop: int) -> list[int]:
         """Prompt and final tokens at positions start .. stop."""
@@ -140,7 +147,8 @@ class JacobiSequence:
             right += 1
         if -1 in predicted[: right + 1]:
             self.final += predicted[:right]
-            self.finish_reason = "error"
+            at = len(self.final)
+            self.fail(NonFiniteLogits(f"the model's logits are NaN at response position {at}: check weights and dtype"))
         return [max(token, 0) for token in predicted]
 
     def _realign(self, realigner: Realigner, tail: list[int]) -> None:

@@ -99,8 +99,6 @@ class Decoder:
             decoder = _Loader(spec, checkpoint, dtype, device).decoder()
             # rotary buffers of old exports are derived data; anything else unread would be a wrong model
             unread = sorted(name for name in checkpoint.unread if not name.endswith("rotary_emb.inv_freq"))
-            if spec.tied:
-                unread = [name for name in unread if name != "lm_head.weight"]
         if unread:
             raise UnsupportedModel(f"the checkpoint in {folder} has tensors this decoder does not use: {unread[:5]}")
         return decoder
@@ -111,7 +109,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
-        self._extend_rotation(int(batch.positions.max()) + 1)
+        self._extend_rotation(batch.end)
         residual = embedding(batch.token_ids, self.embed, self.embedding_scale)
         # x: what the next normalisation adds to the residual stream first
         x: Tensor | None = None
@@ -173,7 +171,9 @@ class _Loader:
     def decoder(self) -> Decoder:
         spec = self.spec
         embed = self._matrix(["model.embed_tokens"], [spec.vocab_size], spec.hidden_size)
-        head = embed if spec.tied else self._matrix(["lm_head"], [spec.vocab_size], spec.hidden_size)
+        # as in transformers 5, a head of its own in the checkpoint of a tied model counts where it differs
+        tied = spec.tied and self.checkpoint.equal("lm_head.weight", "model.embed_tokens.weight")
+        head = embed if tied else self._matrix(["lm_head"], [spec.vocab_size], spec.hidden_size)
         layers = [self._layer(f"model.layers.{i}.") for i in range(spec.layers)]
         norm = self._norm_weight("model.norm", spec.hidden_size)
         return Decoder(spec, embed, layers, norm, head, self.compute_dtype)

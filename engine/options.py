@@ -22,7 +22,8 @@ class RefineOptions:
     max_new_tokens: int = 256
     """Longest answer in tokens, EOS and kept prefix included."""
     window: int | Literal["auto"] = "auto"
-    """Rows computed per sequence and step. "auto" chooses from the batch, the device and the acceptance seen so far."""
+    """Rows computed per sequence and step. "auto" chooses from the batch, the device and the acceptance seen so far. With
+    ``steps`` every step computes the whole block."""
     realign: bool = True
     """Look for the newly accepted tokens in the draft, in earlier iterates and in the answer, and continue the guess from
     there: after an insertion or deletion the rest of a draft is right at shifted positions."""
@@ -33,7 +34,8 @@ class RefineOptions:
     top_p: float = 1.0
     """Sample from the smallest set of most probable tokens that holds this mass."""
     seed: int = 0
-    """Seed of the sampling noise, below 2**63; a request can bring its own."""
+    """Seed of the sampling noise, below 2**63; a request can bring its own. Requests with the same seed share their noise:
+    for several samples of one prompt give each its seed."""
     block_size: int = 256
     """With ``steps``: response positions iterated together (N in the paper); longer answers continue block after block."""
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from engine.errors import EngineDead, EngineError, InvalidRequest, NonFiniteLogits, RequestTooLong, UnsupportedModel
+from engine.errors import EngineDead, InvalidRequest, RequestTooLong, UnsupportedModel
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE
 from engine.kv_cache import pages_for
@@ -151,7 +151,12 @@ class Refiner:
 
     def _sequence(self, request: Request, options: RefineOptions) -> JacobiSequence:
         scheduler = self._alive()
-        prompt, draft = self._codec.encode(request, options.condition)
+        try:
+            prompt, draft = self._codec.encode(request, options.condition, options.keep_prefix)
+        except InvalidRequest:
+            raise
+        except Exception as error:  # tokenizers and templates fail in ways of their own; it costs this request only
+            raise InvalidRequest(f"the refiner's tokenizer cannot encode this request: {error!r:.200}") from error
         seed = options.seed if request.seed is None else request.seed
         sequence = JacobiSequence(prompt, draft, options, self._codec.vocabulary, self._knee, seed)
         need = f"prompt of {len(prompt)} tokens + max_new_tokens {options.max_new_tokens} = {sequence.longest}"
@@ -245,11 +250,7 @@ class _Run:
         identity = index if request.id is None else request.id
         reason = sequence.finish_reason
         assert reason is not None
-        failed: EngineError | None = None
-        if reason == "error":
-            failed = NonFiniteLogits(
-                f"the model's logits are NaN at response position {len(sequence.final)}: check the weights and the dtype"
-            )
+        failed = sequence.error
         return Result(
             id=identity,
             index=index,
@@ -304,12 +305,29 @@ def _load_model(
     return HFModel.load(folder, dtype, device, remote)
 
 
+def _warn_of_processors(folder: Path, generation: GenerationConfig) -> None:
+    """Says which settings change what transformers' greedy generate gives, and not what the engine gives."""
+    neutral: dict[str, tuple[Any, ...]] = {
+        "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,),
+        "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "bad_words_ids": ([],), "sequence_bias": ({},),
+        "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
+        "guidance_scale": (1.0,), "num_beams": (1,),
+    }  # fmt: skip
+    values = {name: getattr(generation, name, None) for name in neutral}
+    set_ones = {name: value for name, value in values.items() if value is not None and value not in neutral[name]}
+    if set_ones:
+        logger.warning("%s/generation_config.json: the engine decodes without %s", folder, set_ones)
+
+
 def read_vocabulary(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
     """EOS and pad ids: from the generation config, which is what transformers' generate reads; where that has none, from the
     model's configuration, then from the tokenizer."""
+    config = config.get_text_config()
     sources: list[Any] = [config, tokenizer]
     if (folder / "generation_config.json").exists():
-        sources.insert(0, GenerationConfig.from_pretrained(folder))
+        generation = GenerationConfig.from_pretrained(folder)
+        _warn_of_processors(folder, generation)
+        sources.insert(0, generation)
 
     def first(name: str) -> Any:
         return next((v for s in sources if (v := getattr(s, name, None)) is not None), None)

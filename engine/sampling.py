@@ -39,7 +39,9 @@ def sample(hidden: Tensor, head: Head, seeds: Tensor, positions: Tensor, tempera
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         scores = logits(hidden[part], head.weight, head.bias, softcap=head.softcap).double()
-        broken = scores.isnan().any(-1)
+        nan = scores.isnan()
+        broken = nan.all(-1)
+        scores = scores.masked_fill(nan, float("-inf"))
         scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature overflows it
         if top_p < 1:
             scores = scores.masked_fill(~nucleus(scores.softmax(-1), top_p), float("-inf"))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Feed, StepBatch
+from engine.errors import EngineError, OutOfMemory
 from engine.jacobi import JacobiSequence
 from engine.kernels import linear_argmax
 from engine.kv_cache import KVCache, pages_for
@@ -88,8 +89,14 @@ class Scheduler:
         return feeds
 
     def _advance(self, feeds: list[tuple[JacobiSequence, Feed]]) -> None:
-        batch = StepBatch.pack([feed for _, feed in feeds], self.model.device)
-        predictions = self._predict(batch, feeds)
+        try:
+            batch = StepBatch.pack([feed for _, feed in feeds], self.model.device)
+            predictions = self._predict(batch, feeds)
+        except (RuntimeError, MemoryError) as error:
+            # it may be any one's doing: all of this pass end, and whoever waits is not held up by them
+            for sequence, _ in feeds:
+                sequence.fail(_typed(error))
+            return
         start = 0
         for sequence, feed in feeds:
             count = len(feed.tokens) - feed.logit_start
@@ -117,6 +124,14 @@ class Scheduler:
         positions = torch.arange(first, first + hidden.shape[0], device=hidden.device)
         seeds = torch.full_like(positions, sequence.seed)
         return _ids(sample(hidden, head, seeds, positions, options.temperature, options.top_p))
+
+
+def _typed(error: Exception) -> EngineError:
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kind = OutOfMemory if out_of_memory else EngineError
+    failed = kind(f"the forward pass failed: {type(error).__name__}: {error}; try a smaller max_batch_tokens or batch")
+    failed.__cause__ = error
+    return failed
 
 
 def _ids(tokens: Tensor) -> list[int]:

@@ -31,19 +31,28 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
 
-    def encode(self, request: Request, condition: str | None) -> tuple[list[int], list[int]]:
-        """Prompt ids, draft ids; with a ``condition`` template the draft is also part of the prompt."""
+    def encode(self, request: Request, condition: str | None, keep_prefix: int = 0) -> tuple[list[int], list[int]]:
+        """Prompt ids, draft ids; with a ``condition`` template the draft is also part of the prompt.
+
+        A draft as text gets the end of the turn behind it, unless ``keep_prefix`` would keep that as well.
+        """
         if request.prompt_ids is not None:
             if condition is not None:
                 raise InvalidRequest("the condition option needs text: got prompt_ids; pass prompt or messages")
             prompt_text, prompt = None, list(request.prompt_ids)
         else:
-            prompt_text = self._render(self._messages(request, condition))
-            prompt = self._tokenize(prompt_text)
+            messages = self._messages(request, condition)
+            if self._need_tokenizer().chat_template:
+                prompt_text = self._render(messages)
+                prompt = self._tokenize(prompt_text)
+            else:
+                prompt_text, prompt = None, self._plain_prompt(messages)
         if request.draft_ids is not None:
             draft = list(request.draft_ids)
         else:
             draft = self._draft(request.draft or "", prompt_text, prompt)
+            if len(draft) > keep_prefix:
+                draft = draft + self._end_of_turn
         self._check_range("prompt_ids", prompt)
         self._check_range("draft_ids", draft)
         return prompt, draft
@@ -66,17 +75,23 @@ class TextCodec:
         return [*messages[:-1], {"role": "user", "content": content}]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        tokenizer = self._need_tokenizer()
-        if not tokenizer.chat_template:
-            if len(messages) > 1:
-                raise InvalidRequest("the refiner has no chat template: pass a single prompt, or prompt_ids")
-            return (tokenizer.bos_token or "") + str(messages[0]["content"])
         try:
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            rendered = self._need_tokenizer().apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # the template is the checkpoint's own code and refuses chats in its own words
             raise InvalidRequest(f"the refiner's chat template refuses this chat: {error}") from error
         assert isinstance(rendered, str)
         return rendered
+
+    def _plain_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """A prompt for a refiner without a chat template, with the special tokens its tokenizer puts around a text."""
+        if len(messages) > 1:
+            raise InvalidRequest("the refiner has no chat template: pass a single prompt, or prompt_ids")
+        ids: list[int] = self._need_tokenizer()(str(messages[0]["content"]))["input_ids"]
+        while ids and ids[-1] in self.vocabulary.eos:
+            ids.pop()
+        if not ids:
+            raise InvalidRequest("the prompt has no tokens in the refiner's vocabulary")
+        return ids
 
     def _tokenize(self, text: str) -> list[int]:
         # the rendered text already has the BOS: adding special tokens would give a second one
@@ -98,7 +113,7 @@ class TextCodec:
                 ids = ids[len(prompt) :]
             else:
                 ids = self._tokenize(draft)
-        return ids + self._end_of_turn
+        return ids
 
     @functools.cached_property
     def _end_of_turn(self) -> list[int]:

@@ -54,6 +54,20 @@ class Checkpoint:
         self._stack.close()
         self._slices.clear()
 
+    def equal(self, copy: str, original: str) -> bool:
+        """Whether ``copy`` is absent or holds the same matrix as ``original``; either way it needs no more reading."""
+        if copy not in self._slices:
+            return True
+        a, b = self._slices[copy](), self._slices[original]()
+        rows, columns = a.get_shape()
+        step = max(1, CHUNK_BYTES // (4 * columns))
+        same = a.get_shape() == b.get_shape() and all(
+            torch.equal(a[i : min(rows, i + step)], b[i : min(rows, i + step)]) for i in range(0, rows, step)
+        )
+        if same:
+            self.unread.discard(copy)
+        return same
+
     def vector(self, name: str, size: int) -> Tensor:
         """A 1-d tensor of the given size as float32."""
         part = self._open(name, [size])

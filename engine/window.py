@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 KNEE_ROWS = {"cpu": 11, "cuda": 200}
-"""Rows at which a step's arithmetic takes as long as reading the weights once: below it rows are nearly free. CPU: peak
-FLOP/s over bandwidth as measured by bench/bench_linear.py; CUDA: METHOD's roofline figure for an H200, not measured."""
+"""Rows at which a step's arithmetic takes as long as reading the weights once: below it rows are nearly free. CPU: float32
+FLOP/s over bandwidth of two server cores, see bench/bench_kernels.py; CUDA: from an H200's data sheet, not measured."""
 MOST_GUESSES = 255
 DECAY = 0.9
 """How fast old observations fade: about the last ten count."""

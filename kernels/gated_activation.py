@@ -2,11 +2,10 @@
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.native import Impl, choose, is_native_layout
+from engine.kernels.native import Impl, choose, is_native_layout, new_output
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -19,7 +18,7 @@ def gated_activation(gate_up: Tensor, activation: Activation, *, impl: Impl = "a
         gate, up = gate_up.chunk(2, dim=-1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, width)
+    out = new_output(rows, width)
     library.module.gated_activation(
         library.table,
         gate_up.data_ptr(),
@@ -27,6 +26,6 @@ def gated_activation(gate_up: Tensor, activation: Activation, *, impl: Impl = "a
         rows,
         width,
         activation == "gelu_tanh",
-        torch.get_num_threads(),
+        library.threads,
     )
     return out

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.native import Impl, address, choose, is_native_index, is_native_layout, native
+from engine.kernels.native import Impl, address, choose, is_native_index, is_native_layout, native, new_output
 
 PANEL = 32  # output columns side by side in the packed layout; kPanel in csrc/kernels.h
 CPU_ROW_MULTIPLE = 16  # see _reference
@@ -31,7 +31,7 @@ class LinearWeight:
         """Storage for a matrix that ``write`` fills piece by piece; packed where the C++ kernel will read it."""
         packed = device.type == "cpu" and dtype in _WEIGHT_TYPES and native() is not None
         if packed:
-            data = torch.zeros(-(-rows // PANEL), columns, PANEL, dtype=dtype)
+            data = torch.zeros(-(-rows // PANEL), columns, PANEL, dtype=dtype, device=device)
         else:
             data = torch.empty(rows, columns, dtype=dtype, device=device)
         return cls(data, rows, columns, packed)
@@ -55,7 +55,7 @@ class LinearWeight:
         library = native()
         assert library is not None
         source = matrix.detach().to(self.data).contiguous()
-        kind, threads = _WEIGHT_TYPES[self.data.dtype], torch.get_num_threads()
+        kind, threads = _WEIGHT_TYPES[self.data.dtype], library.threads
         library.module.pack_weight(
             source.data_ptr(), self.data.data_ptr(), source.shape[0], self.columns, first_row, kind, threads
         )
@@ -81,10 +81,10 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, impl:
     if library is None:
         return _reference(x, weight, bias)
     m, n = x.shape[0], weight.rows
-    y = torch.empty(m, n)
+    y = new_output(m, n)
     library.module.linear(
         library.table, x.data_ptr(), weight.data.data_ptr(), address(bias), y.data_ptr(), m, n, weight.columns,
-        _WEIGHT_TYPES[weight.data.dtype], torch.get_num_threads(),
+        _WEIGHT_TYPES[weight.data.dtype], library.threads,
     )  # fmt: skip
     return y
 
@@ -110,7 +110,9 @@ def embedding(ids: Tensor, weight: LinearWeight, scale: float = 1.0, *, impl: Im
     if library is None:
         rows = weight.dense()[ids]
         return rows.float() * scale if weight.packed else rows * scale
-    out = torch.empty(ids.shape[0], weight.columns)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.rows:
+        raise IndexError(f"embedding ids must be in 0 .. {weight.rows - 1}, got {int(ids.min())} .. {int(ids.max())}")
+    out = new_output(ids.shape[0], weight.columns)
     library.module.embed(
         ids.data_ptr(), weight.data.data_ptr(), out.data_ptr(), ids.shape[0], weight.columns, scale,
         _WEIGHT_TYPES[weight.data.dtype],

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.linear import _WEIGHT_TYPES, LinearWeight, linear
-from engine.kernels.native import Impl, address, choose
+from engine.kernels.native import Impl, address, choose, new_output
 
 MAX_LOGITS_BYTES = 1 << 24  # what the reference materialises at a time
 
@@ -26,10 +26,10 @@ def linear_argmax(
     if library is None:
         return _reference(hidden, weight, bias, softcap)
     m = hidden.shape[0]
-    index, value = torch.empty(m, dtype=torch.int64), torch.empty(m)
+    index, value = new_output(m, dtype=torch.int64), new_output(m)
     library.module.linear_argmax(
         library.table, hidden.data_ptr(), weight.data.data_ptr(), address(bias), 0, m, weight.rows, weight.columns,
-        _WEIGHT_TYPES[weight.data.dtype], torch.get_num_threads(), softcap or 0.0, index.data_ptr(), value.data_ptr(),
+        _WEIGHT_TYPES[weight.data.dtype], library.threads, softcap or 0.0, index.data_ptr(), value.data_ptr(),
     )  # fmt: skip
     return index, value
 

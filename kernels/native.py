@@ -23,6 +23,12 @@ class Native:
     module: ModuleType
     table: int
     name: str
+    process: int
+
+    @property
+    def threads(self) -> int:
+        """Threads to use: torch's setting; 1 in a forked child, where OpenMP's pool of threads no longer exists."""
+        return torch.get_num_threads() if os.getpid() == self.process else 1
 
 
 @functools.cache
@@ -40,7 +46,7 @@ def native() -> Native | None:
         logger.warning("C++ CPU kernels not available (%s): using the slower PyTorch implementations", error)
         return None
     table, name = module.kernels(wanted)
-    return Native(module, table, name)
+    return Native(module, table, name, os.getpid())
 
 
 def native_name() -> str:
@@ -63,8 +69,17 @@ def choose(impl: Impl, supported: bool, requirement: str) -> Native | None:
 
 
 def is_native_layout(*tensors: Tensor | None) -> bool:
-    """Whether every given tensor is a contiguous float32 CPU tensor, what the C++ kernels read."""
-    return all(t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu) for t in tensors)
+    """Whether every given tensor is a contiguous float32 CPU tensor, what the C++ kernels read, and needs no gradient."""
+    grad = torch.is_grad_enabled()
+    return all(
+        t is None or (t.dtype is torch.float32 and t.is_contiguous() and t.is_cpu and not (grad and t.requires_grad))
+        for t in tensors
+    )
+
+
+def new_output(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised CPU memory for a kernel to fill, whatever the process's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def is_native_index(dtype: torch.dtype, *tensors: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.native import Impl, choose, is_native_index, is_native_layout
+from engine.kernels.native import Impl, choose, is_native_index, is_native_layout, new_output
 
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
 
@@ -55,11 +55,11 @@ def paged_attention(
     library = choose(impl, supported, "contiguous float32 inputs and int32 indices of shapes that belong together")
     if library is None:
         return _reference(q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window)
-    out = torch.empty(q.shape[0], heads * head_dim)
+    out = new_output(q.shape[0], heads * head_dim)
     library.module.attention(
         library.table, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),
         row_start.data_ptr(), first_position.data_ptr(), block_table.shape[0], block_table.shape[1], q.shape[1], heads,
-        kv_heads, head_dim, v_cache.shape[3], window, scale, softcap or 0.0, torch.get_num_threads(),
+        kv_heads, head_dim, v_cache.shape[3], window, scale, softcap or 0.0, library.threads,
     )  # fmt: skip
     return out
 
@@ -90,5 +90,14 @@ def _reference(
         if window:
             hidden |= key_position <= query_position - window
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[rows] = (weights @ v.float()[:, None]).permute(2, 0, 1, 3).reshape(count, -1).to(q.dtype)
+        out[rows] = _weighted_sum(weights, v.float(), first).permute(2, 0, 1, 3).reshape(count, -1).to(q.dtype)
     return out
+
+
+def _weighted_sum(weights: Tensor, v: Tensor, first: int) -> Tensor:
+    """weights [kv_heads, group, count, length] over v [kv_heads, length, head_dim]; row i sees v up to first + i."""
+    if v.isfinite().all():
+        return weights @ v[:, None]
+    # a weight of 0 would not keep out the NaN of a later position
+    rows = [weights[:, :, i : i + 1, : first + i + 1] @ v[:, None, : first + i + 1] for i in range(weights.shape[2])]
+    return torch.cat(rows, dim=2)

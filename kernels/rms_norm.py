@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     out = torch.empty_like(x)
     library.module.rms_norm(
         library.table, x.data_ptr(), address(residual), weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps,
-        torch.get_num_threads(),
+        library.threads,
     )  # fmt: skip
     return out
 

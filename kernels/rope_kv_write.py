@@ -46,7 +46,7 @@ def rope_kv_write(
     library.module.rope_kv_write(
         library.table, qkv.data_ptr(), rotation.data_ptr(), address(q_norm), address(k_norm), k_cache.data_ptr(),
         v_cache.data_ptr(), positions.data_ptr(), slots.data_ptr(), qkv.shape[0],
-        qkv.shape[1] // head_dim - 2 * kv_heads, kv_heads, head_dim, v_cache.shape[3], eps, torch.get_num_threads(),
+        qkv.shape[1] // head_dim - 2 * kv_heads, kv_heads, head_dim, v_cache.shape[3], eps, library.threads,
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     # logits that are not head times backbone
     "Granite": BASE | {"logits_scaling": 4.0},
     "Cohere": BASE,
+    # a sliding window that only the mask knows, and attention in chunks
+    "Phimoe": BASE | {"sliding_window": 24, "num_local_experts": 4},
     # attention sinks
     "GptOss": BASE | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 9},
     # attention that does not go through the interface

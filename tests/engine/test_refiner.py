@@ -1,6 +1,7 @@
 """The public API: errors of one request, order, closing, and what is left behind."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -321,3 +322,15 @@ def test_limits_are_checked(argument: str, value: Any, oracle: Callable[[str], O
 def test_arguments_are_checked(argument: str, value: Any, oracle: Callable[[str], Oracle]) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be .*, got"):
         Refiner.from_pretrained(oracle("llama").folder, **{argument: value})
+
+
+def test_settings_of_generate_that_the_engine_does_not_apply_are_named(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoint("llama")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"repetition_penalty": 1.05}))
+    with caplog.at_level("WARNING", logger="engine"):
+        Refiner.from_pretrained(folder, kv_cache_tokens=64).close()
+    assert "repetition_penalty" in caplog.text
+    assert "1.05" in caplog.text

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from engine import RefineOptions, Refiner
+from engine import EngineError, OutOfMemory, RefineOptions, Refiner
 from engine.batch import StepBatch
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE, LinearWeight
@@ -230,7 +230,8 @@ def test_an_abandoned_stream_gives_everything_back(taken: int, ordered: bool, ma
     assert result.token_ids == sequential([2, 3], 9, [])
 
 
-def test_a_model_that_fails_leaves_the_pool_whole() -> None:
+@pytest.mark.parametrize(("failure", "kind"), [(MemoryError(), OutOfMemory), (RuntimeError("broken"), EngineError)])
+def test_a_pass_that_fails_ends_its_requests_and_no_others(failure: Exception, kind: type[EngineError]) -> None:
     model = Ledger()
     refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
     requests = [{"prompt_ids": [2, 3, 4]}] * 5
@@ -238,12 +239,14 @@ def test_a_model_that_fails_leaves_the_pool_whole() -> None:
 
     def fail(batch: StepBatch, cache: KVCache) -> Tensor:
         if next(calls) == 2:
-            raise RuntimeError("out of memory")
+            raise failure
         return forward(batch, cache)
 
     model.forward = fail  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="out of memory"):
-        refiner.refine(requests, RefineOptions(max_new_tokens=9))
+    right = sequential([2, 3, 4], 300, [])
+    results = refiner.refine(requests, RefineOptions(max_new_tokens=300))  # the pool holds two of them
+    assert [type(r.error) for r in results] == [kind, kind, type(None), type(None), type(None)]
+    assert all(r.token_ids == right for r in results[2:])
     refiner.check_integrity()
     assert {tuple(r.token_ids) for r in refiner.refine(requests, RefineOptions(max_new_tokens=9))} == {
         tuple(sequential([2, 3, 4], 9, []))

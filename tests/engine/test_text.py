@@ -115,9 +115,23 @@ def test_a_blank_draft_is_none(draft: str) -> None:
     assert codec().encode(Request(prompt="q", draft=draft), None)[1] == []
 
 
-def test_without_a_template_the_prompt_stands_behind_a_bos() -> None:
+def test_keep_prefix_keeps_no_end_of_turn() -> None:
+    """The end behind a text draft is the engine's addition: a kept one would end the answer before the model had run."""
+    c = codec()
+    whole = ids(c, "yes")
+    for keep in range(len(whole)):
+        assert c.encode(Request(prompt="q", draft="yes"), None, keep)[1] == [*whole, END]
+    assert c.encode(Request(prompt="q", draft="yes"), None, len(whole))[1] == whole
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_without_a_template_the_prompt_is_tokenised_as_the_tokenizer_does(adds_bos: bool) -> None:
     c = codec(None)
-    assert text(c, c.encode(Request(prompt="hi"), None)[0]) == "<bos>hi"
+    assert c.tokenizer is not None
+    c.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A" if adds_bos else "$A", special_tokens=[("<bos>", c.tokenizer.bos_token_id)]
+    )
+    assert text(c, c.encode(Request(prompt="hi"), None)[0]) == ("<bos>hi" if adds_bos else "hi")
     with pytest.raises(InvalidRequest, match="no chat template"):
         c.encode(Request(messages=[{"role": "user", "content": t} for t in "ab"]), None)
 

@@ -121,6 +121,14 @@ def test_derived_buffers_and_a_tied_heads_copy_are_passed_over(
     assert refine(folder) == [oracle("llama-tied").greedy(p, 20) for p in PROMPTS]
 
 
+def test_a_tied_models_own_head_counts_where_it_differs(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama-tied")
+    change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].flip(0).clone()}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    assert refine(folder) == [generate(theirs, p, 20) for p in PROMPTS]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2-tied"])
 def test_other_dtypes_are_loaded_as_float32(name: str, dtype: torch.dtype, checkpoint: Callable[[str], Path]) -> None:

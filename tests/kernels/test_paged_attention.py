@@ -198,3 +198,17 @@ def test_shapes_that_do_not_belong_together(instruction_set: str) -> None:
 def test_unknown_implementation() -> None:
     with pytest.raises(ValueError, match="impl must be"):
         attend(paged_case(FEW_SPANS, 1, 2, 24), scale=1.0, softcap=None, window=0, impl="flash")  # type: ignore[arg-type]
+
+
+def test_a_later_guess_that_overflows_leaves_earlier_rows_alone(impl: str) -> None:
+    """A row's weight for positions behind it is 0, and 0 * NaN would be NaN."""
+    q = torch.randn(4, 32)
+    k, v = torch.randn(1, 2, 16, 32), torch.randn(1, 2, 32, 16)
+    shared = {"heads": 2, "scale": 0.25, "impl": impl}
+    table, first = torch.tensor([[0]], dtype=torch.int32), torch.tensor([7], dtype=torch.int32)
+    v[0, :, 9] = float("nan")
+    out = paged_attention(q, k, v, table, torch.tensor([0, 4], dtype=torch.int32), first, **shared)
+    alone = paged_attention(q[:2], k, v, table, torch.tensor([0, 2], dtype=torch.int32), first, **shared)
+    assert out[:2].isfinite().all()
+    assert out[2:].isnan().all()
+    torch.testing.assert_close(out[:2], alone)
