@@ -1,9 +1,12 @@
 """Paged storage of keys and values, and the pool that hands out its pages."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import OutOfMemory
 from engine.kernels import PAGE_SIZE, kv_cache_shapes
 
 
@@ -59,5 +62,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy's zeros are mapped on first touch: a pool takes memory as it is used, not as it is sized
-    storage = np.zeros(shape, dtype=np.int32 if dtype.itemsize == 4 else np.int16)
+    try:
+        storage = np.zeros(shape, dtype=np.int32 if dtype.itemsize == 4 else np.int16)
+    except MemoryError as error:
+        size = math.prod(shape) * dtype.itemsize / 1e9
+        raise OutOfMemory(f"the KV pool needs twice {size:.1f} GB and cannot have it: lower kv_cache_tokens") from error
     return torch.from_numpy(storage).view(dtype)

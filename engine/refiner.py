@@ -49,7 +49,7 @@ class Refiner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_batch_tokens: int = 2048,
-        kv_cache_tokens: int = 65536,
+        kv_cache_tokens: int = 16384,
         max_batch_size: int = 64,
     ) -> None:
         """``max_batch_tokens``: rows of one forward pass; ``kv_cache_tokens``: positions the KV pool holds, rounded up to
@@ -76,7 +76,7 @@ class Refiner:
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         max_batch_tokens: int = 2048,
-        kv_cache_tokens: int = 65536,
+        kv_cache_tokens: int = 16384,
         max_batch_size: int = 64,
         backend: Backend = "auto",
         trust_remote_code: bool = False,

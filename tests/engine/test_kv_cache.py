@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import OutOfMemory
 from engine.kernels import PAGE_SIZE, kv_cache_shapes
 from engine.kv_cache import KVCache, PagePool, pages_for
 
@@ -55,3 +56,8 @@ def test_storage_starts_as_zeros_of_the_kernels_shapes(dtype: torch.dtype) -> No
             assert tensor.dtype == dtype
             assert tensor.is_contiguous()
             assert not tensor.any()
+
+
+def test_a_pool_beyond_memory_says_what_to_lower() -> None:
+    with pytest.raises(OutOfMemory, match="kv_cache_tokens"):
+        KVCache(1000, 10**9, 8, 256, torch.float32, torch.device("cpu"))
