@@ -60,4 +60,4 @@ def test_storage_starts_as_zeros_of_the_kernels_shapes(dtype: torch.dtype) -> No
 
 def test_a_pool_beyond_memory_says_what_to_lower() -> None:
     with pytest.raises(OutOfMemory, match="kv_cache_tokens"):
-        KVCache(1000, 10**9, 8, 256, torch.float32, torch.device("cpu"))
+        KVCache(10**9, 1000, 8, 256, torch.float32, torch.device("cpu"))
