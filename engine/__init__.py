@@ -17,6 +17,7 @@ from engine.errors import (
 from engine.options import DEFAULT_CONDITION, RefineOptions
 from engine.refiner import Refiner
 from engine.request import Request, Result
+from engine.session import Session
 
 logging.getLogger("engine").addHandler(logging.NullHandler())
 
@@ -32,5 +33,6 @@ __all__ = [
     "Request",
     "RequestTooLong",
     "Result",
+    "Session",
     "UnsupportedModel",
 ]

@@ -70,6 +70,9 @@ class JacobiSequence:
             return Feed(tokens, position, self.pages, len(tokens))
         if not self._fed:
             room = budget - (known - position)
+            if self.options.concurrency is not None:
+                # what is planned may not depend on the others: it is fed in several passes if it must
+                room, sequences = self.longest, self.options.concurrency
             self._planned = self._fill_guess(self._wanted(room, sequences))
         tokens = self._certain(position, known) + self._guess[max(0, position - known) : self._planned]
         tokens = tokens[:budget]

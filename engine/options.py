@@ -12,7 +12,8 @@ DEFAULT_CONDITION = "{prompt}\n\nDraft answer:\n{draft}"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefineOptions:
     """How answers are computed. Only ``steps``, ``keep_prefix``, ``condition``, the sampling options, ``max_new_tokens`` and
-    (with ``steps``) ``block_size`` can change a result; ``window`` and ``realign`` change only how fast it is reached."""
+    (with ``steps``) ``block_size`` can change a result; ``window``, ``concurrency`` and ``realign`` change only how fast it is
+    reached."""
 
     steps: int | None = None
     """Jacobi steps per block, after which the iterate is returned as it is. None: iterate to the fixed point, which is the
@@ -24,6 +25,9 @@ class RefineOptions:
     window: int | Literal["auto"] = "auto"
     """Rows computed per sequence and step. "auto" chooses from the batch, the device and the acceptance seen so far. With
     ``steps`` every step computes the whole block."""
+    concurrency: int | None = None
+    """Sequences that window="auto" reckons with. None: those that run at the time; then steps and forward_tokens of a
+    request depend on what else runs. With a number they are its own, like its answer."""
     realign: bool = True
     """Look for the newly accepted tokens in the draft, in earlier iterates and in the answer, and continue the guess from
     there: after an insertion or deletion the rest of a draft is right at shifted positions."""
@@ -44,6 +48,7 @@ class RefineOptions:
         _check_integer("keep_prefix", self.keep_prefix, 0)
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
         _check_integer("block_size", self.block_size, 1)
+        _check_integer("concurrency", self.concurrency, 1, optional=True)
         _check_integer("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ValueError(f"seed must be an integer in 0 .. 2**63 - 1, got {self.seed!r}")

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from engine.model import CausalModel, Decoder
 from engine.options import RefineOptions
 from engine.request import Request, Result
 from engine.scheduler import Scheduler
+from engine.session import RequestLike, Session
 from engine.text import TextCodec, load_tokenizer
 from engine.weights import resolve_checkpoint
 from engine.window import knee_rows
@@ -31,7 +32,6 @@ DEFAULT_CHECKPOINT = Path(__file__).parent / "refiner_checkpoint"
 RESULTS_HELD = 16
 """Finished results kept back for the sake of their order, in batches of ``max_batch_size``."""
 
-RequestLike = Request | Mapping[str, Any]
 Backend = Literal["auto", "lean", "hf"]
 
 
@@ -112,12 +112,27 @@ class Refiner:
 
         Requests are taken from the iterable only as fast as they are worked on, so it may be endless.
         """
-        run = _Run(self, options or RefineOptions())
-        try:
-            finished = run.results(iter(requests))
-            yield from run.in_order(finished) if ordered else finished
-        finally:
-            run.cancel()
+        early: dict[int, Result] = {}  # finished before an earlier one, by index
+        due = 0
+        with Session(self, options) as session:
+            for result in self._finished(session, iter(requests), early):
+                if not ordered:
+                    yield result
+                    continue
+                early[result.index] = result
+                while due in early:
+                    yield early.pop(due)
+                    due += 1
+
+    def session(self, options: RefineOptions | None = None) -> Session:
+        """A session: requests are added one by one and results collected after each step, by one thread."""
+        self._alive()
+        return Session(self, options)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences that run at once."""
+        return self._alive().max_batch_size
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the KV pool has lost a page or given one to two sequences."""
@@ -137,6 +152,25 @@ class Refiner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _finished(
+        self, session: Session, requests: Iterator[RequestLike], early: dict[int, Result]
+    ) -> Iterator[Result]:
+        index, more = 0, True
+        while more or session.open:
+            # one long answer must not let an endless input pile up behind it
+            while more and session.has_room and len(early) < RESULTS_HELD * self.max_batch_size:
+                try:
+                    value = next(requests)
+                except StopIteration:
+                    more = False
+                    break
+                failed = session.add(value, index)
+                index += 1
+                if failed:
+                    yield failed
+            if more or session.open:
+                yield from session.step()
 
     def _alive(self) -> Scheduler:
         if self._scheduler is None:
@@ -169,109 +203,6 @@ class Refiner:
                 f"{need} exceeds the KV pool of {pool * PAGE_SIZE} tokens: raise kv_cache_tokens or shorten the request"
             )
         return sequence
-
-
-class _Run:
-    """One call of ``stream``: its requests on their way through the scheduler, which other calls may be using too."""
-
-    def __init__(self, refiner: Refiner, options: RefineOptions) -> None:
-        self.refiner = refiner
-        self.options = options
-        self.open: list[tuple[int, Request, JacobiSequence]] = []
-        self.early: dict[int, Result] = {}  # finished before an earlier one, by index
-
-    def results(self, requests: Iterator[RequestLike]) -> Iterator[Result]:
-        """Results as they finish."""
-        index, more = 0, True
-        while more or self.open:
-            while more and self._wants_more():
-                try:
-                    value = next(requests)
-                except StopIteration:
-                    more = False
-                    break
-                failed = self._admit(index, value)
-                index += 1
-                if failed:
-                    yield failed
-            if more or self.open:
-                yield from self._step()
-
-    def in_order(self, results: Iterator[Result]) -> Iterator[Result]:
-        """The same in the order of the requests."""
-        due = 0
-        for result in results:
-            self.early[result.index] = result
-            while due in self.early:
-                yield self.early.pop(due)
-                due += 1
-
-    def cancel(self) -> None:
-        """Gives back what unfinished sequences hold; after a normal end there are none."""
-        self.refiner._abandoned.extend(sequence for _, _, sequence in self.open)
-        self.open.clear()
-        # Never waits: the garbage collector may end a stream anywhere, also in a thread that holds the lock. Then the
-        # pages come back when the lock is next taken.
-        if self.refiner._abandoned and self.refiner._lock.acquire(blocking=False):
-            try:
-                self.refiner._drop_abandoned()
-            finally:
-                self.refiner._lock.release()
-
-    def _wants_more(self) -> bool:
-        scheduler = self.refiner._alive()
-        # one long answer must not let an endless input pile up behind it
-        return scheduler.load < scheduler.max_batch_size and len(self.early) < RESULTS_HELD * scheduler.max_batch_size
-
-    def _admit(self, index: int, value: RequestLike) -> Result | None:
-        identity, metadata = _identity(value, index)
-        with self.refiner._lock:  # the tokenizer is shared too
-            try:
-                request = Request.parse(value)
-                sequence = self.refiner._sequence(request, self.options)
-            except InvalidRequest as error:
-                return Result(id=identity, index=index, error=error, metadata=metadata)
-            self.refiner._alive().add(sequence)
-            self.open.append((index, request, sequence))
-        return None
-
-    def _step(self) -> list[Result]:
-        """Moves everything that runs by one step; what ended of this call's own."""
-        with self.refiner._lock:
-            self.refiner._drop_abandoned()
-            # a step of another call may have ended all of ours already; while others hold every place we move theirs on
-            if not any(sequence.finish_reason for _, _, sequence in self.open):
-                self.refiner._alive().step()
-            done = [entry for entry in self.open if entry[2].finish_reason]
-            self.open = [entry for entry in self.open if not entry[2].finish_reason]
-            return [self._result(*entry) for entry in done]
-
-    def _result(self, index: int, request: Request, sequence: JacobiSequence) -> Result:
-        identity = index if request.id is None else request.id
-        reason = sequence.finish_reason
-        assert reason is not None
-        failed = sequence.error
-        return Result(
-            id=identity,
-            index=index,
-            text=None if failed else self.refiner._codec.decode(sequence.final),
-            token_ids=[] if failed else sequence.final,
-            steps=sequence.steps,
-            converged=sequence.converged and not failed,
-            forward_tokens=sequence.forward_tokens,
-            finish_reason=reason,
-            error=failed,
-            metadata=request.metadata,
-        )
-
-
-def _identity(value: object, index: int) -> tuple[str | int, dict[str, Any]]:
-    """The id and metadata of a request that may not even be one."""
-    get = value.get if isinstance(value, Mapping) else lambda name: getattr(value, name, None)
-    identity, metadata = get("id"), get("metadata")
-    if not isinstance(identity, str | int) or isinstance(identity, bool):
-        identity = index
-    return identity, metadata if isinstance(metadata, dict) else {}
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -81,14 +81,16 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     """The answer's tokens, ending with EOS where there was one."""
     steps: int = 0
-    """Jacobi steps: forward passes that moved this answer. With window="auto" they and ``forward_tokens`` depend on what else
-    runs; the answer does not."""
+    """Jacobi steps: forward passes that moved this answer. They and ``forward_tokens`` depend on what else runs, unless
+    RefineOptions.concurrency fixes what is reckoned with; the answer does not."""
     converged: bool = False
     """Whether the answer is the fixed point: what decoding token by token gives."""
     forward_tokens: int = 0
     """Token positions fed through the model for this request, the prompt included."""
     finish_reason: FinishReason = "error"
     """"eos", "length" (max_new_tokens reached), "steps" (returned before it had converged) or "error"."""
+    seconds: float = field(default=0.0, compare=False)
+    """From the request's entry, the wait for a place in the batch included, to its end."""
     error: EngineError | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
