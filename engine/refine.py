@@ -1,45 +1,54 @@
 """Refines a file of drafts: ``python -m engine.refine --input drafts.jsonl --output refined.jsonl``.
 
-Rows of JSON lines are streamed: memory does not grow with the file. However a run ends, its output holds the results of
-the first rows of the input. ``--help`` describes rows, options and exit status.
+Rows are streamed, so memory does not grow with the file, and whatever ends a run, the same command goes on from where it
+was. ``--help`` describes rows, options and exit status; the work is done in ``engine.job``.
 """
 
 import argparse
-import codecs
 import contextlib
 import dataclasses
 import inspect
-import json
 import logging
-import math
 import os
-import stat
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
-from engine.errors import EngineError, InvalidRequest
+from engine.errors import EngineError
+from engine.job.interrupt import Interrupted, Signals
+from engine.job.output import Refused
+from engine.job.report import Reporter
+from engine.job.rows import read_questions
+from engine.job.run import Job, StoppedAtError
+from engine.job.settings import job_settings
+from engine.job.shards import Shard
+from engine.job.source import Source
 from engine.options import DEFAULT_CONDITION, RefineOptions
-from engine.refiner import Refiner
-from engine.request import Request, Result
+from engine.refiner import DEFAULT_CHECKPOINT, Refiner
+from engine.weights import resolve_checkpoint
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-FLUSH_SECONDS = 0.5
-REPORT_SECONDS = 10.0
-BUFFER_BYTES = 1 << 20
+OUTPUT_SUFFIXES = (".jsonl", ".json")
 
-_REQUEST_FIELDS = ("prompt", "messages", "prompt_ids", "draft", "draft_ids")
-_REFINE_OPTIONS = "steps keep_prefix max_new_tokens window realign condition temperature top_p seed block_size".split()
 _EPILOG = """\
+input:       .jsonl or .json (an array), either also as .gz, or .parquet; -: JSON lines from standard input.
 input row:   prompt, messages or prompt_ids; draft or draft_ids; id, if it has one. Other fields are carried through.
+             Or a row of a known format, as it is: turns and drafts; instruction and output (AlpacaEval's model outputs);
+             question_id and choices (FastChat's MT-bench answers, with --questions). Of several turns each is refined
+             behind the refined answers of those before it.
 output row:  the carried fields, id (the index where it had none), index (number of the input row, from 0), text, steps,
-             converged, forward_tokens, finish_reason, error (null, or its type and message).
-             One for every input row, in the same order; blank lines are no rows.
+             converged, forward_tokens, finish_reason, seconds, error (null, or its type and message); answers (one per turn)
+             where there are turns; in the known formats the refined answers also stand where their drafts stood.
+             One for every input row, in the same order; blank lines are no rows. A .json output is an array.
+resume:      the same command again goes on where the last one ended, however that was; rows that are finished are kept.
+             Beside the output lies a record of how it was made (.job): another model, input or option is refused.
 exit status: 0 all rows refined, 3 some rows have errors, 2 wrong option, model or file, 1 reading or writing failed on
-             the way, 130 Ctrl-C.
+             the way, 130 Ctrl-C, 143 SIGTERM.
+data parallel: torchrun --nproc-per-node 8 -m engine.refine --data-parallel --device cuda ...
+             Each rank completes its own part file, the last one merges them. When a rank dies, torchrun sends the others
+             SIGTERM, and SIGKILL after its --shutdown-timeout (30 s): they go on for --grace seconds. With --max-restarts
+             they go on by themselves, without it when the command is run again.
 """
 
 
@@ -47,17 +56,35 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m engine.refine",
-        description="Refine a file of draft answers (JSON lines).",
+        description="Refine a file of draft answers.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help="drafts, one JSON object per line; -: stdin")
-    parser.add_argument("--output", required=True, metavar="FILE", help="refined answers, overwritten; -: stdout")
+    parser.add_argument("--input", required=True, metavar="FILE", help="drafts; -: standard input")
+    parser.add_argument("--output", required=True, metavar="FILE", help="refined answers; -: standard output")
+    parser.add_argument("--questions", metavar="FILE", help="FastChat's question file, for its answer files")
     parser.add_argument("--token-ids", action="store_true", help="also write the answers' token_ids")
+    _add_job_options(parser.add_argument_group("job"))
     _add_refine_options(parser.add_argument_group("refinement"))
     _add_model_options(parser.add_argument_group("model"))
     return parser
+
+
+def _add_job_options(group: argparse._ArgumentGroup) -> None:
+    text = "what an error in a row does: become that row's result, or stop the job before it (default: row)"
+    group.add_argument("--on-error", choices=("row", "stop"), default="row", help=text)
+    group.add_argument("--unordered", action="store_true", help="write rows as they finish, not in the input's order")
+    group.add_argument(
+        "--overwrite", action="store_true", help="start anew if the output is complete or of another job"
+    )
+    group.add_argument("--retry-errors", action="store_true", help="compute the error rows of the output again")
+    group.add_argument("--metrics-file", type=Path, metavar="FILE", help="statistics as JSON, kept up to date")
+    group.add_argument(
+        "--data-parallel", action="store_true", help="under torchrun: share the rows among its processes"
+    )
+    text = "with --data-parallel: how long to go on after SIGTERM (default: %(default)s)"
+    group.add_argument("--grace", type=float, default=25.0, metavar="SECONDS", help=text)
 
 
 def _add_refine_options(group: argparse._ArgumentGroup) -> None:
@@ -108,181 +135,80 @@ def _window(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be an integer or auto, got {text!r}") from None
 
 
-def read_jsonl(file: Iterable[bytes]) -> Iterator[dict[str, Any] | InvalidRequest]:
-    """The objects of a file of JSON lines; where a line holds none, what is wrong with it."""
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.rstrip().decode(), parse_float=_finite, parse_constant=_finite)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            row = InvalidRequest(f"line {number} is not valid JSON: {reason}")
-        if not isinstance(row, dict | InvalidRequest):
-            row = InvalidRequest(f"line {number} must hold a JSON object, got {type(row).__name__}")
-        yield row
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):  # NaN, Infinity or 1e999: could not be written as JSON again
-        raise ValueError(f"{text:.40} is not a finite number")
-    return value
-
-
-def to_request(row: dict[str, Any] | InvalidRequest) -> Request | dict[str, Any]:
-    """What ``Refiner.stream`` gets for a row: a Request, or for a bad row something it refuses, which keeps the row's
-    place. The metadata has the fields to carry and the row's own error, for ``output_row``."""
-    if isinstance(row, InvalidRequest):
-        return {"metadata": {"carried": {}, "error": row}}
-    carried = {name: value for name, value in row.items() if name != "id" and name not in _REQUEST_FIELDS}
-    fields = {name: row[name] for name in _REQUEST_FIELDS if name in row}
+def read_shard(args: argparse.Namespace) -> Shard | None:
+    """This process's shard, from the environment that torchrun gives. Raises ValueError."""
+    if not args.data_parallel:
+        return None
     try:
-        return Request(**fields, id=row.get("id"), metadata={"carried": carried, "error": None})
-    except InvalidRequest as error:
-        refused = error
-    except RecursionError:  # from showing a value, in a message, that is nested just short of what json.loads takes
-        refused = InvalidRequest("the row is nested too deeply")
-    return {"id": row.get("id"), "metadata": {"carried": carried, "error": refused}}
+        shard = Shard(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"--data-parallel needs RANK and WORLD_SIZE as torchrun sets them, got {error}") from None
+    for what, wrong in {
+        "--unordered": args.unordered,
+        "--input -": args.input == "-",
+        "--output -": args.output == "-",
+    }.items():
+        if wrong:
+            raise ValueError(
+                f"--data-parallel cannot be used with {what}: every process reads the file, parts are merged by index"
+            )
+    return shard
 
 
-def output_row(result: Result, token_ids: bool) -> dict[str, Any]:
-    """The output for a result of ``to_request``; its fields come before carried ones of the same name."""
-    error = result.metadata["error"] or result.error
-    row = dict(result.metadata["carried"])
-    for name in ("id", "index", "text", "steps", "converged", "forward_tokens", "finish_reason"):
-        row[name] = getattr(result, name)
-    if token_ids:
-        row["token_ids"] = result.token_ids
-    row["error"] = {"type": type(error).__name__, "message": str(error)} if error else None
-    return row
+def build_job(args: argparse.Namespace, shard: Shard | None) -> tuple[Job, Callable[[], Refiner]]:
+    """The job of a command line, and what loads its model. Raises ValueError, OSError, EngineError."""
+    output = None if args.output == "-" else Path(args.output)
+    if output is not None:
+        _check_output(output, args.input)
+    names = [field.name for field in dataclasses.fields(RefineOptions) if field.name != "concurrency"]
+    options = RefineOptions(**{name: getattr(args, name) for name in names})
+    load_options = {name: getattr(args, name) for name in _load_defaults()}
+    if shard and args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        load_options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    checkpoint = resolve_checkpoint(args.model or DEFAULT_CHECKPOINT)
+    source = Source.open(args.input)
+    questions, questions_digest = read_questions(args.questions) if args.questions else (None, None)
+    settings = job_settings(
+        source, questions_digest, checkpoint, load_options, options,
+        token_ids=args.token_ids, ordered=not args.unordered,
+    )  # fmt: skip
+    job = Job(
+        source=source,
+        output=output,
+        settings=settings,
+        options=options,
+        questions=questions,
+        token_ids=args.token_ids,
+        ordered=not args.unordered,
+        on_error=args.on_error,
+        overwrite=args.overwrite,
+        retry_errors=args.retry_errors,
+        shard=shard,
+    )
+    return job, lambda: Refiner.from_pretrained(checkpoint, **load_options)
 
 
-class JsonlWriter:
-    """Appends JSON lines to a file, at most FLUSH_SECONDS behind."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        """``file`` has a buffer of BUFFER_BYTES."""
-        self._file = file
-        self._buffered = 0
-        self._flushed = time.monotonic()
-
-    def write(self, row: dict[str, Any]) -> None:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        try:
-            line = f"{text}\n".encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON has only as an escape
-            line = f"{json.dumps(row)}\n".encode()
-        # a line that fits into the buffer is never torn by Ctrl-C, which may come while a full buffer is emptied
-        if self._buffered + len(line) > BUFFER_BYTES:
-            self.flush()
-        self._file.write(line)
-        self._buffered += len(line)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        self._file.flush()
-        self._buffered = 0
-        self._flushed = time.monotonic()
+def _check_output(output: Path, source: str) -> None:
+    if output.exists() and source != "-" and os.path.samefile(output, source):
+        raise ValueError(f"the output {output} is the input: give another file")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"the output {output} must be a file in a folder that exists")
+    if output.suffix not in OUTPUT_SUFFIXES and not output.exists():
+        raise ValueError(f"the output's name must end in {' or '.join(OUTPUT_SUFFIXES)}, got {output.name!r}")
 
 
-@dataclasses.dataclass(slots=True)
-class Statistics:
-    """Sums over the results so far; those after ``errors`` are of refined answers only."""
-
-    rows: int = 0
-    errors: int = 0
-    tokens: int = 0
-    steps: int = 0
-    forward_tokens: int = 0
-
-    def add(self, result: Result) -> None:
-        self.rows += 1
-        if result.error:
-            self.errors += 1
-        else:
-            self.tokens += len(result.token_ids)
-            self.steps += result.steps
-            self.forward_tokens += result.forward_tokens
-
-    def summary(self, seconds: float) -> str:
-        answers = self.rows - self.errors
-        return (
-            f"{self.rows} rows, {self.errors} errors, {seconds:.1f} s, {_ratio(self.tokens, seconds)} tokens/s, "
-            f"{_ratio(self.steps, answers)} steps per answer, "
-            f"{_ratio(self.forward_tokens, self.tokens)} token-forwards per output token"
-        )
-
-
-def _ratio(total: float, count: float) -> str:
-    return f"{total / count:.2f}" if count else "-"
-
-
-class Progress:
-    """How a run goes, on stderr: a bar on a terminal, else a line now and then; at the end a summary."""
-
-    def __init__(self) -> None:
-        self.statistics = Statistics()
-        self._started = self._reported = time.monotonic()
-        self._bar = tqdm(unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty())
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        _say(self.statistics.summary(time.monotonic() - self._started))
-
-    def add(self, result: Result) -> None:
-        self.statistics.add(result)
-        now = time.monotonic()
-        rate = _ratio(self.statistics.tokens, now - self._started)
-        self._bar.set_postfix_str(f"{rate} tokens/s", refresh=False)
-        self._bar.update()
-        if self._bar.disable and now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            _say(f"{self.statistics.rows} rows, {self.statistics.errors} errors, {rate} tokens/s")
-
-
-def refine_file(
-    refiner: Refiner, source: Iterable[bytes], target: BinaryIO, options: RefineOptions, token_ids: bool
-) -> Statistics:
-    """Refines all rows of ``source`` into ``target``."""
-    writer = JsonlWriter(target)
-    results = refiner.stream(map(to_request, read_jsonl(source)), options)
-    with Progress() as progress, contextlib.closing(results):
-        for result in results:
-            writer.write(output_row(result, token_ids))
-            progress.add(result)
-        writer.flush()
-    return progress.statistics
-
-
-def _open(path: str, mode: str) -> BinaryIO:
-    standard = {"rb": 0, "ab": 1}[mode]
-    return cast(BinaryIO, open(standard if path == "-" else path, mode, BUFFER_BYTES, closefd=path != "-"))
-
-
-def _is_regular(file: BinaryIO) -> bool:
-    return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-
-
-def _say(text: str) -> None:
-    print(f"engine.refine: {text}", file=sys.stderr, flush=True)
-
-
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, EngineError | ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def _logs_on_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("engine"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+def _logs(say: Callable[[str], None]) -> Iterator[None]:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"{record.name}: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("engine"), Handler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -293,37 +219,76 @@ def _logs_on_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+class _CannotStart(Exception):
+    """Nothing was done; the cause says why."""
+
+
+def _prepare(args: argparse.Namespace, shard: Shard | None) -> tuple[Job, Callable[[], Refiner]]:
     try:
-        options = RefineOptions(**{name: getattr(args, name) for name in _REFINE_OPTIONS})
-        source = stack.enter_context(_open(args.input, "rb"))
-        # opened for appending: what the file held is lost only when the run starts
-        target = stack.enter_context(_open(args.output, "ab"))
-        if _is_regular(target) and os.path.sameopenfile(source.fileno(), target.fileno()):
-            raise ValueError(f"the output {args.output} is the input: give another file")
-        load_options = {name: getattr(args, name) for name in _load_defaults()}
-        refiner = stack.enter_context(Refiner.from_pretrained(args.model, **load_options))
-    except Exception as error:  # checkpoints and the libraries that read them fail in many ways of their own
-        _say(f"error: {_explain(error)}")
-        return EXIT_USAGE
-    if args.output != "-" and _is_regular(target):
-        target.truncate(0)
-    statistics = refine_file(refiner, source, target, options, args.token_ids)
-    return EXIT_ERROR_ROWS if statistics.errors else EXIT_OK
+        return build_job(args, shard)
+    except (ValueError, OSError, EngineError) as error:
+        raise _CannotStart from error
+
+
+def _run(job: Job, load: Callable[[], Refiner], reporter: Reporter, signals: Signals) -> tuple[int, str]:
+    """Exit status and state of a job that has begun; says what went wrong. Raises _CannotStart."""
+
+    def load_model() -> Refiner:
+        try:
+            with signals.at_once():
+                return load()
+        except Interrupted:
+            raise
+        except Exception as error:  # checkpoints and the libraries that read them fail in many ways of their own
+            raise _CannotStart from error
+
+    failure = ""
+    try:
+        job.run(load_model, reporter, signals.check)
+    except Interrupted as error:
+        status, state, failure = error.exit_status, "interrupted", f"interrupted by {error}: the same command goes on"
+    except KeyboardInterrupt:
+        status, state, failure = EXIT_INTERRUPTED, "interrupted", "interrupted twice"
+    except Refused as error:
+        raise _CannotStart from error
+    except StoppedAtError as error:
+        status, state, failure = EXIT_ERROR_ROWS, "stopped", f"stopped at {error}"
+    except (OSError, EngineError) as error:
+        status, state, failure = EXIT_FAILED, "failed", f"error: {_explain(error)}"
+    else:
+        status, state = EXIT_ERROR_ROWS if reporter.statistics.all_errors else EXIT_OK, "finished"
+    if failure:
+        reporter.close()
+        reporter.say(failure)
+    return status, state
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        with _logs_on_stderr(), contextlib.ExitStack() as stack:
-            return _run(args, stack)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return EXIT_INTERRUPTED
-    except OSError as error:
-        _say(f"error: {_explain(error)}")
-        return EXIT_FAILED
+        shard = read_shard(args)
+    except ValueError as error:
+        Reporter().say(f"error: {error}")
+        return EXIT_USAGE
+    metrics = args.metrics_file
+    if shard and metrics:
+        metrics = metrics.with_name(f"{metrics.name}.rank{shard.rank}")
+    reporter = Reporter(metrics, shard.rank if shard else None)
+    grace = args.grace if shard else 0.0
+    with _logs(reporter.say), Signals(grace) as signals, contextlib.closing(reporter):
+        try:
+            with signals.at_once():
+                job, load = _prepare(args, shard)
+            status, state = _run(job, load, reporter, signals)
+        except Interrupted as error:
+            reporter.say(f"interrupted by {error}")
+            return error.exit_status
+        except _CannotStart as error:
+            reporter.say(f"error: {_explain(error.__cause__ or error)}")
+            return EXIT_USAGE
+        reporter.end(state)
+        return status
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidRequest
 from engine.jacobi import JacobiSequence
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 RequestLike = Request | Mapping[str, Any]
 
 
-class _Open(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Open:
     index: int
     request: Request
     sequence: JacobiSequence

@@ -1,0 +1,149 @@
+"""How a job goes and went: statistics, progress on standard error, a metrics file."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from engine.job.rows import Row
+
+REPORT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(slots=True)
+class Statistics:
+    """Sums over the rows of this run; those after ``error_types`` are of refined answers only."""
+
+    before: int = 0
+    """Rows that an earlier run had finished."""
+    errors_before: int = 0
+    rows: int = 0
+    errors: int = 0
+    error_types: Counter[str] = dataclasses.field(default_factory=Counter)
+    answers: int = 0
+    """More than one for a row of several turns."""
+    tokens: int = 0
+    steps: int = 0
+    forward_tokens: int = 0
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        if row.error:
+            self.errors += 1
+            self.error_types[type(row.error).__name__] += 1
+            return
+        for result in row.results:
+            self.answers += 1
+            self.tokens += len(result.token_ids)
+            self.steps += result.steps
+            self.forward_tokens += result.forward_tokens
+
+    @property
+    def all_errors(self) -> int:
+        """Error rows in the output."""
+        return self.errors + self.errors_before
+
+    def summary(self, seconds: float) -> str:
+        earlier = f" (and {self.before} of an earlier run, {self.errors_before} errors)" if self.before else ""
+        return (
+            f"{self.rows} rows, {self.errors} errors{earlier}, {seconds:.1f} s, {_ratio(self.tokens, seconds)} tokens/s, "
+            f"{_ratio(self.steps, self.answers)} steps per answer, "
+            f"{_ratio(self.forward_tokens, self.tokens)} token-forwards per output token"
+        )
+
+    def metrics(self, seconds: float) -> dict[str, Any]:
+        """The same as an object; ratios are null where nothing was counted."""
+
+        def ratio(total: float, count: float) -> float | None:
+            return total / count if count else None
+
+        return {
+            "rows": self.rows,
+            "errors": self.errors,
+            "error_types": dict(self.error_types),
+            "rows_before": self.before,
+            "errors_before": self.errors_before,
+            "answers": self.answers,
+            "seconds": seconds,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "forward_tokens": self.forward_tokens,
+            "rows_per_second": ratio(self.rows, seconds),
+            "tokens_per_second": ratio(self.tokens, seconds),
+            "steps_per_answer": ratio(self.steps, self.answers),
+            "forward_tokens_per_token": ratio(self.forward_tokens, self.tokens),
+        }
+
+
+def _ratio(total: float, count: float) -> str:
+    return f"{total / count:.2f}" if count else "-"
+
+
+class Reporter:
+    """Progress on standard error: a bar on a terminal, else a line now and then; at the end a summary."""
+
+    def __init__(self, metrics_file: Path | None = None, rank: int | None = None) -> None:
+        self.statistics = Statistics()
+        self._metrics_file = metrics_file
+        self._name = "engine.refine" if rank is None else f"engine.refine rank {rank}"
+        self._bar_wanted = rank is None and sys.stderr.isatty()
+        self._bar: tqdm | None = None
+        self._started = self._reported = time.monotonic()
+
+    def start(self, total: int | None, before: int, errors_before: int) -> None:
+        """Rows are about to be computed; ``total`` of the whole file, where it is known."""
+        self.statistics.before, self.statistics.errors_before = before, errors_before
+        self._total = total
+        self._started = self._reported = time.monotonic()
+        if self._bar_wanted:
+            self._bar = tqdm(unit=" rows", total=total, initial=before, file=sys.stderr, dynamic_ncols=True)
+
+    def add(self, row: Row) -> None:
+        self.statistics.add(row)
+        now = time.monotonic()
+        if self._bar is not None:
+            rate = _ratio(self.statistics.tokens, now - self._started)
+            self._bar.set_postfix_str(f"{self.statistics.errors} errors, {rate} tokens/s", refresh=False)
+            self._bar.update()
+        if now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self._write_metrics("running")
+            if self._bar is None:
+                of = f" of {self._total}" if self._total is not None else ""
+                rate = _ratio(self.statistics.tokens, now - self._started)
+                rows = self.statistics.before + self.statistics.rows
+                self.say(f"{rows}{of} rows, {self.statistics.errors} errors, {rate} tokens/s")
+
+    def end(self, state: str) -> None:
+        """``state``: finished, interrupted, stopped or failed. Says the summary; raises OSError if metrics can't be written."""
+        self.close()
+        self.say(self.statistics.summary(time.monotonic() - self._started))
+        self._write_metrics(state)
+
+    def close(self) -> None:
+        """Ends the bar, so that other lines can follow."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar, self._bar_wanted = None, False
+
+    def say(self, text: str) -> None:
+        line = f"{self._name}: {text}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _write_metrics(self, state: str) -> None:
+        if self._metrics_file is None:
+            return
+        metrics = {"state": state, **self.statistics.metrics(time.monotonic() - self._started)}
+        text = json.dumps(metrics, indent=2)
+        new = self._metrics_file.with_name(self._metrics_file.name + ".new")
+        new.write_text(text + "\n", encoding="utf-8")
+        os.replace(new, self._metrics_file)  # a reader sees the old or the new, never a part
