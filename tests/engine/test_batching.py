@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -137,6 +138,31 @@ def test_results_do_not_depend_on_company_or_order(
         assert [result.id for result in results] == [request["id"] for request in order]
         for result in results:
             assert (result.token_ids, result.converged, result.finish_reason) == reference[result.id]
+
+
+@pytest.mark.parametrize("window", ["auto", 6])
+@pytest.mark.parametrize("concurrency", [1, 12])
+def test_with_a_fixed_concurrency_steps_do_not_depend_on_company_either(
+    concurrency: int, window: Literal["auto"] | int, load: Callable[..., Refiner]
+) -> None:
+    options = RefineOptions(max_new_tokens=40, concurrency=concurrency, window=window)
+    plain = load("llama").refine([{"prompt_ids": p} for p in prompts(1)[:4]], options)
+    # drafts that are right up to a point, so that windows grow and shrink
+    requests = [
+        {"prompt_ids": p, "draft_ids": [*r.token_ids[:cut], 3, *r.token_ids[cut + 1 :]], "id": 4 * i + cut}
+        for i, (p, r) in enumerate(zip(prompts(1)[:4], plain, strict=True))
+        for cut in (0, 2, 3)
+    ]
+    reference = {}
+    for request in requests:
+        (result,) = load("llama").refine([request], options)
+        reference[request["id"]] = (result.token_ids, result.steps, result.forward_tokens)
+    assert len({steps for _, steps, _ in reference.values()}) > 1
+    rng = random.Random(4)
+    for max_batch_size, max_batch_tokens in [(64, 2048), (2, 5), (3, 64), (64, 1), (7, 30)]:
+        order = rng.sample(requests, len(requests)) * 2
+        for result in load("llama", max_batch_tokens, max_batch_size).refine(order, options):
+            assert (result.token_ids, result.steps, result.forward_tokens) == reference[result.id]
 
 
 def test_long_texts_before_do_not_change_short_ones_after(checkpoint: Callable[[str], Path]) -> None:
