@@ -246,7 +246,11 @@ def _run(job: Job, load: Callable[[], Refiner], reporter: Reporter, signals: Sig
     try:
         job.run(load_model, reporter, signals.check)
     except Interrupted as error:
-        status, state, failure = error.exit_status, "interrupted", f"interrupted by {error}: the same command goes on"
+        status, state, failure = (
+            error.exit_status,
+            "interrupted",
+            f"interrupted by {error}: the same command goes on from here",
+        )
     except KeyboardInterrupt:
         status, state, failure = EXIT_INTERRUPTED, "interrupted", "interrupted twice"
     except Refused as error:

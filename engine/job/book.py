@@ -1,8 +1,10 @@
 """The file of finished rows that a job is completing."""
 
+import heapq
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -10,7 +12,37 @@ from engine.job.output import Claim, Done, Finished, Refused, Settings, differen
 from engine.job.shards import Shard
 from engine.job.writer import RowWriter
 
-RETRY_SUFFIX = ".retry"
+RETRY_SUFFIX, AHEAD_SUFFIX = ".retry", ".ahead"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a book is kept."""
+
+    rows: Path
+    """The finished rows."""
+    work: Path
+    """Where rows are added; replaces ``rows`` in the end if it is another file."""
+    old: Path | None = None
+    """An earlier output whose rows are taken over, but for its error rows."""
+
+    @property
+    def ahead(self) -> Path:
+        """Rows that an interrupted run had finished before earlier ones, in order."""
+        return _beside(self.work, AHEAD_SUFFIX)
+
+    @property
+    def all_ahead(self) -> set[Path]:
+        """The same of every run that may have left some."""
+        return {_beside(path, AHEAD_SUFFIX) for path in (self.rows, self.retry)}
+
+    @property
+    def retry(self) -> Path:
+        return _beside(self.rows, RETRY_SUFFIX)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def open_book(
@@ -24,38 +56,36 @@ def open_book(
     """The book kept in the file ``rows``; with ``retry_errors`` its error rows are to be computed again.
 
     ``merged``: a complete output whose rows of this ``shard`` are taken over, but for its error rows. Raises Refused where
-    the file belongs to another job or process.
+    the file belongs to another job or process. Nothing is changed before ``Book.begin``.
     """
     with ExitStack() as stack:
         claim = stack.enter_context(Claim(rows))
-        retry = rows.with_name(rows.name + RETRY_SUFFIX)
-        _agree(claim, rows, retry, settings, overwrite, retry_errors)
-        old, work = merged, rows
-        if retry_errors and not merged and (retry.exists() or _has_errors(rows)):
-            old, work = rows, retry
-        assert claim.settings is not None
-        book = Book(work, claim.settings, rows, claim, old, shard)
+        retry = _beside(rows, RETRY_SUFFIX)
+        fresh = _is_fresh(claim, rows, retry, settings, overwrite, retry_errors)
+        files = Files(rows, rows, merged)
+        if retry_errors and not merged and not fresh and (retry.exists() or _has_errors(rows)):
+            files = Files(rows, retry, rows)
+        book = Book(settings if fresh or claim.settings is None else claim.settings, files, claim, shard, fresh)
         book.resources.push(stack.pop_all())
         return book
 
 
-def _agree(claim: Claim, rows: Path, retry: Path, settings: Settings, overwrite: bool, retry_errors: bool) -> None:
-    """Makes sure that what is in the file belongs to this job, or clears it away."""
-    written = any(path.exists() and path.stat().st_size for path in (rows, retry))
-    changed = difference(claim.settings, settings) if written else None
-    if changed and not overwrite:
+def _is_fresh(claim: Claim, rows: Path, retry: Path, settings: Settings, overwrite: bool, retry_errors: bool) -> bool:
+    """Whether to start anew. Raises Refused unless what is in the files belongs to this job or may be overwritten."""
+    files = (rows, retry, _beside(rows, AHEAD_SUFFIX), _beside(retry, AHEAD_SUFFIX))
+    if not any(path.exists() and path.stat().st_size for path in files):
+        return True
+    changed = difference(claim.settings, settings)
+    if overwrite:
+        return bool(changed) or claim.complete or retry.exists()
+    if changed:
         raise Refused(
             f"{rows} holds rows of another run ({changed}): "
             "give the same model, input and options, another --output, or --overwrite to start anew"
         )
-    if not written or changed or (overwrite and claim.complete):
-        for path in (rows, retry):
-            if path.exists():
-                os.truncate(path, 0)
-        retry.unlink(missing_ok=True)
-        claim.begin(settings)
-    elif retry.exists() and not retry_errors:
+    if retry.exists() and not retry_errors:
         raise Refused(f"{retry} is of a run with --retry-errors that was cut short: finish it with --retry-errors")
+    return False
 
 
 def _has_errors(rows: Path) -> bool:
@@ -67,67 +97,119 @@ class Book:
 
     def __init__(
         self,
-        work: Path | None,
         settings: Settings,
-        rows: Path | None = None,
+        files: Files | None = None,
         claim: Claim | None = None,
-        old: Path | None = None,
         shard: Shard | None = None,
+        fresh: bool = True,
     ) -> None:
-        """Rows go to ``work``, which replaces ``rows`` in the end; those of ``old`` without an error are kept."""
+        """Without ``files`` rows go to standard output; ``fresh``: whatever is in the files is to be dropped."""
         self.resources = ExitStack()
         self.done = Done()
         """Rows that need not be computed."""
         self.errors = 0
         """Error rows among them."""
         self.concurrency: int = settings["plan"]["concurrency"]
-        self._work, self._rows, self._claim = work, rows, claim
-        self._new = work is not None and not work.exists()
-        there, size = Done(), 0
-        for row in read_finished(work) if work and work.exists() else ():
-            there.add(row)
+        self._settings, self._files, self._claim, self._fresh = settings, files, claim, fresh
+        self._writer: RowWriter | None = None
+        self._size = 0
+        self._last = -1  # index of the last row written
+        there = Done()
+        self._kept: Iterator[Finished] = iter(())
+        if files and not fresh:
+            for row in _read(files.work):
+                there.add(row)
+                self._count(row)
+                self._size = row.end
+        if files:
+            for row in self._taken_over(files, shard, there):
+                self._count(row)
+            self._kept = self._taken_over(files, shard, there)
+        self._next_kept = next(self._kept, None)
+
+    def _count(self, row: Finished) -> None:
+        if row.index not in self.done:
             self.done.add(row)
             self.errors += row.failed
-            size = row.end
-        for row in _kept(old, shard, there):
-            self.done.add(row)
-        self._kept = _kept(old, shard, there)
-        self._next_kept = next(self._kept, None)
-        self._writer = RowWriter(work, size)
-        self.resources.callback(self._writer.close)
+
+    def _taken_over(self, files: Files, shard: Shard | None, there: Done) -> Iterator[Finished]:
+        """In order, the rows of other files that are not in this one yet."""
+        sources: list[Iterable[Finished]] = []
+        if files.old:
+            mine = (row for row in _read(files.old) if shard is None or row.index in shard)
+            sources.append(row for row in mine if not row.failed)
+        if not self._fresh:
+            sources += [_read(path) for path in files.all_ahead]
+        last = -1
+        for row in heapq.merge(*sources, key=lambda row: row.index):
+            if row.index not in there and row.index != last:
+                last = row.index
+                yield row
 
     def begin(self, *, all_kept: bool) -> None:
         """Before the first row is written; ``all_kept``: their order among the new ones does not matter."""
-        if self._claim:
-            self._claim.reopen()
+        if self._files and self._claim:
+            if self._fresh:
+                for path in (self._files.retry, *self._files.all_ahead):
+                    path.unlink(missing_ok=True)
+                if self._files.rows.exists():
+                    os.truncate(self._files.rows, 0)
+                self._claim.begin(self._settings)
+            else:
+                self._claim.reopen()
+        self._open_writer()
         if all_kept:
             self._write_kept(None)
 
+    def _open_writer(self) -> RowWriter:
+        if self._writer is None:
+            self._writer = RowWriter(self._files.work if self._files else None, self._size)
+            self.resources.callback(self._writer.close)
+        return self._writer
+
     def write(self, index: int, line: bytes) -> None:
         self._write_kept(index)
-        self._writer.write(line)
+        self._put(index, line)
 
-    def tick(self, *, idle: bool) -> None:
-        """Flushes what has waited long enough, or everything if nothing else is going on."""
-        self._writer.tick(idle=idle)
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def finish(self, rows: int) -> None:
-        """All ``rows`` are there."""
-        self._write_kept(None)
-        self._writer.sync()
-        if self._claim and self._work and self._rows:
-            if self._work != self._rows:
-                os.replace(self._work, self._rows)
-            if not self._claim.complete:
-                self._claim.finish(rows)
+    def _put(self, index: int, line: bytes) -> None:
+        self._open_writer().write(line)
+        self._last = index
 
     def _write_kept(self, before: int | None) -> None:
         while self._next_kept and (before is None or self._next_kept.index < before):
-            self._writer.write(self._next_kept.line)
+            self._put(self._next_kept.index, self._next_kept.line)
             self._next_kept = next(self._kept, None)
+
+    def tick(self, *, idle: bool) -> None:
+        """Flushes what has waited long enough, or everything if nothing else is going on."""
+        self._open_writer().tick(idle=idle)
+
+    def flush(self) -> None:
+        self._open_writer().flush()
+
+    def set_aside(self, lines: dict[int, bytes]) -> None:
+        """Keeps rows that are finished before earlier ones, by index, for the next run."""
+        if not self._files:
+            return
+        waiting = {row.index: row.line for row in _read(self._files.ahead) if row.index > self._last}
+        waiting.update(lines)
+        new = _beside(self._files.ahead, ".new")
+        new.write_bytes(b"".join(waiting[index] for index in sorted(waiting)))
+        os.replace(new, self._files.ahead)
+
+    def finish(self, rows: int) -> None:
+        """All ``rows`` are there."""
+        if self._fresh and self._writer is None:  # an input without rows
+            self.begin(all_kept=True)
+        self._write_kept(None)
+        self._open_writer().sync()
+        if self._files and self._claim:
+            if self._files.work != self._files.rows:
+                os.replace(self._files.work, self._files.rows)
+            if not self._claim.complete:
+                self._claim.finish(rows)
+            for path in self._files.all_ahead:
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> "Book":
         return self
@@ -135,15 +217,8 @@ class Book:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error and self._work and self._writer.size == 0 and self._claim and self._work == self._rows:
-            self._claim.remove()  # nothing came of it: leave no trace
-            if self._new:
-                self._work.unlink(missing_ok=True)
         self.resources.close()
 
 
-def _kept(old: Path | None, shard: Shard | None, there: Done) -> Iterator[Finished]:
-    """The good rows of an earlier output that are not in the new one yet."""
-    for row in read_finished(old) if old and old.exists() else ():
-        if not row.failed and row.index not in there and (shard is None or row.index in shard):
-            yield row
+def _read(path: Path) -> Iterator[Finished]:
+    return read_finished(path) if path.exists() else iter(())

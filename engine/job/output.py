@@ -40,7 +40,10 @@ class Claim:
         self.path = output.with_name(output.name + RECORD_SUFFIX)
         self._output = output
         while True:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise Refused(f"cannot write beside {output}: {error}") from error
             try:
                 if fcntl:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

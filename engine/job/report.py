@@ -50,6 +50,8 @@ class Statistics:
         return self.errors + self.errors_before
 
     def summary(self, seconds: float) -> str:
+        if self.before and not self.rows:
+            return f"nothing left to do: {self.before} rows, {self.errors_before} errors"
         earlier = f" (and {self.before} of an earlier run, {self.errors_before} errors)" if self.before else ""
         return (
             f"{self.rows} rows, {self.errors} errors{earlier}, {seconds:.1f} s, {_ratio(self.tokens, seconds)} tokens/s, "
@@ -100,6 +102,8 @@ class Reporter:
         """Rows are about to be computed; ``total`` of the whole file, where it is known."""
         self.statistics.before, self.statistics.errors_before = before, errors_before
         self._total = total
+        if before:
+            self.say(f"{before} rows are finished already, {errors_before} of them errors")
         self._started = self._reported = time.monotonic()
         if self._bar_wanted:
             self._bar = tqdm(unit=" rows", total=total, initial=before, file=sys.stderr, dynamic_ncols=True)

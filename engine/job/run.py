@@ -1,7 +1,7 @@
 """A job: finds what is left to do, runs it through a session, keeps the output in order."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -70,7 +70,7 @@ class Job:
         StoppedAtError, OSError.
         """
         if self.output is None:
-            with Book(None, self.settings) as book:
+            with Book(self.settings) as book:
                 self._complete(book, load, reporter, check)
             return True
         if self.shard is None and self.output.suffix != ".json":
@@ -100,9 +100,9 @@ class Job:
                 check()
                 first = reader.get(wait=True)
             if first is not None:
-                book.begin(all_kept=not self.ordered)
                 options = replace(self.options, concurrency=book.concurrency)
                 with closing(load()) as refiner, closing(refiner.session(options)) as session:
+                    book.begin(all_kept=not self.ordered)
                     _Loop(self, book, reader, reporter, check, session, refiner.max_batch_size).run(first)
         book.finish(unread.rows)
 
@@ -173,10 +173,19 @@ class _Loop:
                     for result in self.session.step():
                         self._advance(result)
                 self.book.tick(idle=not self.active)
-        finally:
-            self.book.flush()
+        except BaseException:
+            self._keep_finished()
+            raise
+        self.book.flush()
         if self.failure:
             raise self.failure
+
+    def _keep_finished(self) -> None:
+        """What can still be brought to disk when the job ends early."""
+        with suppress(OSError):  # the first error is the one to tell
+            self.book.flush()
+            if self.held:
+                self.book.set_aside({row.index: line for row, line in self.held.values() if not row.error})
 
     def _fill(self) -> None:
         # one long answer must not let the input pile up behind it

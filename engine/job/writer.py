@@ -28,11 +28,6 @@ class RowWriter:
         self._buffered = 0
         self._flushed = time.monotonic()
 
-    @property
-    def size(self) -> int:
-        """Bytes the operating system has."""
-        return self._written[0]
-
     def write(self, line: bytes) -> None:
         self._written[1].append(line)
         self._buffered += len(line)
