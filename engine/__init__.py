@@ -1,23 +1,27 @@
 """DiffPO refinement engine: a small language model corrects whole draft answers in parallel Jacobi steps.
 
-Importing this package loads no model, starts no thread and opens no file.
+Importing this package loads no model, starts no thread and opens no file; PyTorch and transformers are imported with the
+first name that needs them.
 """
 
+import importlib
 import logging
+from typing import TYPE_CHECKING
 
-from engine.errors import (
-    EngineDead,
-    EngineError,
-    InvalidRequest,
-    NonFiniteLogits,
-    OutOfMemory,
-    RequestTooLong,
-    UnsupportedModel,
-)
-from engine.options import DEFAULT_CONDITION, RefineOptions
-from engine.refiner import Refiner
-from engine.request import Request, Result
-from engine.session import Session
+if TYPE_CHECKING:
+    from engine.errors import (
+        EngineDead,
+        EngineError,
+        InvalidRequest,
+        NonFiniteLogits,
+        OutOfMemory,
+        RequestTooLong,
+        UnsupportedModel,
+    )
+    from engine.options import DEFAULT_CONDITION, RefineOptions
+    from engine.refiner import Refiner
+    from engine.request import Request, Result
+    from engine.session import Session
 
 logging.getLogger("engine").addHandler(logging.NullHandler())
 
@@ -36,3 +40,24 @@ __all__ = [
     "Session",
     "UnsupportedModel",
 ]
+
+_HOMES = {
+    "DEFAULT_CONDITION": "options",
+    "RefineOptions": "options",
+    "Refiner": "refiner",
+    "Request": "request",
+    "Result": "request",
+    "Session": "session",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,13 +7,12 @@ was. ``--help`` describes rows, options and exit status; the work is done in ``e
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.job.interrupt import Interrupted, Signals
@@ -25,11 +24,21 @@ from engine.job.settings import job_settings
 from engine.job.shards import Shard
 from engine.job.source import Source
 from engine.options import DEFAULT_CONDITION, RefineOptions
-from engine.refiner import DEFAULT_CHECKPOINT, Refiner
-from engine.weights import resolve_checkpoint
+
+if TYPE_CHECKING:
+    from engine.refiner import Refiner
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 OUTPUT_SUFFIXES = (".jsonl", ".json")
+LOAD_DEFAULTS = {
+    "dtype": "float32",
+    "device": "cpu",
+    "backend": "auto",
+    "max_batch_tokens": 2048,
+    "kv_cache_tokens": 16384,
+    "max_batch_size": 64,
+}
+"""Those of Refiner.from_pretrained, without importing it: help and usage errors need no PyTorch."""
 
 _EPILOG = """\
 input:       .jsonl or .json (an array), either also as .gz, or .parquet; -: JSON lines from standard input.
@@ -104,7 +113,7 @@ def _add_refine_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
-    defaults = _load_defaults()
+    defaults = LOAD_DEFAULTS
     group.add_argument("--model", help="checkpoint folder or hub id (default: the refiner that ships with the engine)")
     _add(group, "dtype", defaults, "float32, bfloat16 or float16")
     _add(group, "device", defaults, "such as cpu or cuda")
@@ -121,11 +130,6 @@ def _add(group: argparse._ArgumentGroup, name: str, defaults: dict[str, Any], te
     group.add_argument(
         f"--{name}", type=kind or type(value), default=value, metavar=metavar, help=f"{text} (default: {value})"
     )
-
-
-def _load_defaults() -> dict[str, Any]:
-    parameters = inspect.signature(Refiner.from_pretrained).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _window(text: str) -> int | str:
@@ -155,19 +159,23 @@ def read_shard(args: argparse.Namespace) -> Shard | None:
     return shard
 
 
-def build_job(args: argparse.Namespace, shard: Shard | None) -> tuple[Job, Callable[[], Refiner]]:
+def build_job(args: argparse.Namespace, shard: Shard | None) -> "tuple[Job, Callable[[], Refiner]]":
     """The job of a command line, and what loads its model. Raises ValueError, OSError, EngineError."""
     output = None if args.output == "-" else Path(args.output)
     if output is not None:
         _check_output(output, args.input)
     names = [field.name for field in dataclasses.fields(RefineOptions) if field.name != "concurrency"]
     options = RefineOptions(**{name: getattr(args, name) for name in names})
-    load_options = {name: getattr(args, name) for name in _load_defaults()}
+    load_options = {name: getattr(args, name) for name in (*LOAD_DEFAULTS, "trust_remote_code")}
     if shard and args.device == "cuda" and "LOCAL_RANK" in os.environ:
         load_options["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-    checkpoint = resolve_checkpoint(args.model or DEFAULT_CHECKPOINT)
     source = Source.open(args.input)
     questions, questions_digest = read_questions(args.questions) if args.questions else (None, None)
+
+    from engine.refiner import DEFAULT_CHECKPOINT, Refiner  # PyTorch: only once the files are in order
+    from engine.weights import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(args.model or DEFAULT_CHECKPOINT)
     settings = job_settings(
         source, questions_digest, checkpoint, load_options, options,
         token_ids=args.token_ids, ordered=not args.unordered,
@@ -199,6 +207,8 @@ def _check_output(output: Path, source: str) -> None:
 
 def _explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     return text if isinstance(error, EngineError | ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
@@ -223,22 +233,20 @@ class _CannotStart(Exception):
     """Nothing was done; the cause says why."""
 
 
-def _prepare(args: argparse.Namespace, shard: Shard | None) -> tuple[Job, Callable[[], Refiner]]:
+def _prepare(args: argparse.Namespace, shard: Shard | None) -> "tuple[Job, Callable[[], Refiner]]":
     try:
         return build_job(args, shard)
     except (ValueError, OSError, EngineError) as error:
         raise _CannotStart from error
 
 
-def _run(job: Job, load: Callable[[], Refiner], reporter: Reporter, signals: Signals) -> tuple[int, str]:
+def _run(job: Job, load: "Callable[[], Refiner]", reporter: Reporter, signals: Signals) -> tuple[int, str]:
     """Exit status and state of a job that has begun; says what went wrong. Raises _CannotStart."""
 
-    def load_model() -> Refiner:
+    def load_model() -> "Refiner":
         try:
             with signals.at_once():
                 return load()
-        except Interrupted:
-            raise
         except Exception as error:  # checkpoints and the libraries that read them fail in many ways of their own
             raise _CannotStart from error
 

@@ -9,8 +9,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interrupted(Exception):
-    """A signal asked the job to end."""
+class Interrupted(BaseException):
+    """A signal asked the job to end; like KeyboardInterrupt no Exception, which anything may catch."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)

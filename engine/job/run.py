@@ -14,11 +14,12 @@ from engine.job.rows import Questions, Row, parse_row
 from engine.job.shards import Assembly, Shard
 from engine.job.source import Source
 from engine.options import RefineOptions
-from engine.refiner import RESULTS_HELD
 from engine.request import Request, Result
 
 ROWS_AHEAD = 256
 """Rows parsed before they are needed."""
+ROWS_HELD = 16
+"""Finished rows kept back for the sake of their order, in batches of ``max_batch_size``."""
 
 
 class StoppedAtError(ValueError):
@@ -157,7 +158,7 @@ class _Loop:
     ) -> None:
         self.job, self.book, self.reader, self.reporter = job, book, reader, reporter
         self.check, self.session = check, session
-        self.most_held = RESULTS_HELD * max_batch_size
+        self.most_held = ROWS_HELD * max_batch_size
         self.active: dict[int, Row] = {}  # by their place among the rows of this run
         self.held: dict[int, tuple[Row, bytes]] = {}  # finished before an earlier one
         self.started = self.due = 0
