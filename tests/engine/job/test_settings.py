@@ -42,7 +42,7 @@ def settings(rows: Path, folder: Path, load: dict[str, Any] | None = None, **cha
 def test_the_command_has_the_defaults_of_from_pretrained() -> None:
     parameters = inspect.signature(Refiner.from_pretrained).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert {**LOAD_DEFAULTS, "trust_remote_code": False} == defaults
+    assert defaults == {**LOAD_DEFAULTS, "trust_remote_code": False}
 
 
 def test_the_record_is_json(rows: Path, folder: Path) -> None:
