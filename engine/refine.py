@@ -252,7 +252,7 @@ def _run(job: Job, load: "Callable[[], Refiner]", reporter: Reporter, signals: S
 
     failure = ""
     try:
-        job.run(load_model, reporter, signals.check)
+        errors = job.run(load_model, reporter, signals.check)
     except Interrupted as error:
         status, state, failure = (
             error.exit_status,
@@ -268,7 +268,8 @@ def _run(job: Job, load: "Callable[[], Refiner]", reporter: Reporter, signals: S
     except (OSError, EngineError) as error:
         status, state, failure = EXIT_FAILED, "failed", f"error: {_explain(error)}"
     else:
-        status, state = EXIT_ERROR_ROWS if reporter.statistics.all_errors else EXIT_OK, "finished"
+        # of a data-parallel job only the last rank may fail: torchrun ends the others as soon as one does
+        status, state = EXIT_ERROR_ROWS if errors else EXIT_OK, "finished"
     if failure:
         reporter.close()
         reporter.say(failure)

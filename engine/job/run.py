@@ -65,19 +65,19 @@ class Job:
     shard: Shard | None = None
     """This process's rows of a data-parallel job."""
 
-    def run(self, load: Callable[[], RefinerLike], reporter: Reporter, check: Callable[[], None]) -> bool:
-        """Completes the output; False where other ranks still have to. ``load`` is called if a row is left to compute,
-        ``check`` between steps: what it raises ends the job with everything finished so far in the output. Raises Refused,
-        StoppedAtError, OSError.
+    def run(self, load: Callable[[], RefinerLike], reporter: Reporter, check: Callable[[], None]) -> int | None:
+        """Completes the output; the error rows in it, or None where other ranks are not done. ``load`` is called if a row
+        is left to compute, ``check`` between steps: what it raises ends the job with everything finished so far in the
+        output. Raises Refused, StoppedAtError, OSError.
         """
         if self.output is None:
             with Book(self.settings) as book:
                 self._complete(book, load, reporter, check)
-            return True
+            return reporter.statistics.all_errors
         if self.shard is None and self.output.suffix != ".json":
             with open_book(self.output, self.settings, self.overwrite, self.retry_errors) as book:
                 self._complete(book, load, reporter, check)
-            return True
+            return reporter.statistics.all_errors
         assembly = Assembly(self.output, self.shard or Shard())
         merged = self.output if assembly.is_complete(self.settings, self.overwrite) else None
         if merged and not (self.retry_errors and any(row.failed for row in read_finished(merged))):
@@ -85,7 +85,7 @@ class Job:
             for row in read_finished(merged):
                 count, errors = count + 1, errors + row.failed
             reporter.start(count, count, errors)
-            return True
+            return errors
         with open_book(assembly.part, self.settings, self.overwrite, self.retry_errors, merged, assembly.shard) as book:
             self._complete(book, load, reporter, check)
         return assembly.merge(self.settings, reporter.say)

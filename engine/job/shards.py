@@ -64,26 +64,27 @@ class Assembly:
                 )
             path.unlink(missing_ok=True)
 
-    def merge(self, settings: Settings, say: Callable[[str], None]) -> bool:
-        """Puts the output together if every part is complete; the rank that ends last does it. Whether the output is there."""
+    def merge(self, settings: Settings, say: Callable[[str], None]) -> int | None:
+        """Puts the output together if every part is complete: the rank that ends last does it. The error rows in the output,
+        None where it is not there yet."""
         parts = [self._part(rank) for rank in range(self.shard.world)]
         # waits, so that of two ranks which end together the second sees what the first left
         with Claim(self.output, wait=True) as claim:
             if not self.part.exists():
-                return True  # the other one has merged
+                return sum(row.failed for row in read_finished(self.output))  # another rank has merged
             missing = [rank for rank, part in enumerate(parts) if not _is_complete(part, settings)]
             if missing:
                 say(f"this part is complete, ranks {missing} are not: the one that ends last puts the output together")
-                return False
+                return None
             claim.begin(settings)
             new = self.output.with_name(self.output.name + ".merge")
-            rows = _write_merged(parts, new, as_array=self.output.suffix == ".json")
+            rows, errors = _write_merged(parts, new, as_array=self.output.suffix == ".json")
             os.replace(new, self.output)
             claim.finish(rows)
             for part in parts:
                 part.unlink(missing_ok=True)
                 part.with_name(part.name + RECORD_SUFFIX).unlink(missing_ok=True)
-        return True
+        return errors
 
 
 def _is_complete(part: Path, settings: Settings) -> bool:
@@ -91,10 +92,11 @@ def _is_complete(part: Path, settings: Settings) -> bool:
     return complete and difference(made_with, settings) is None
 
 
-def _write_merged(parts: list[Path], new: Path, as_array: bool) -> int:
-    number = 0
+def _write_merged(parts: list[Path], new: Path, as_array: bool) -> tuple[int, int]:
+    number = errors = 0
     with new.open("wb", BUFFER) as file:
         for number, row in enumerate(_in_order(parts), 1):
+            errors += row.failed
             if as_array:
                 file.write(b"[\n" if number == 1 else b",\n")
                 file.write(row.line.rstrip())
@@ -104,7 +106,7 @@ def _write_merged(parts: list[Path], new: Path, as_array: bool) -> int:
             file.write(b"\n]\n" if number else b"[]\n")
         file.flush()
         os.fsync(file.fileno())
-    return number
+    return number, errors
 
 
 def _in_order(parts: list[Path]) -> Iterator[Finished]:
