@@ -96,16 +96,21 @@ class Reporter:
         self._name = "engine.refine" if rank is None else f"engine.refine rank {rank}"
         self._bar_wanted = rank is None and sys.stderr.isatty()
         self._bar: tqdm | None = None
+        self._total: int | None = None
         self._started = self._reported = time.monotonic()
 
     def start(self, total: int | None, before: int, errors_before: int) -> None:
-        """Rows are about to be computed; ``total`` of the whole file, where it is known."""
+        """What is there; ``total`` of the whole file, where it is known."""
         self.statistics.before, self.statistics.errors_before = before, errors_before
         self._total = total
         if before:
             self.say(f"{before} rows are finished already, {errors_before} of them errors")
+
+    def begin(self) -> None:
+        """The model is there: what is timed starts here."""
         self._started = self._reported = time.monotonic()
         if self._bar_wanted:
+            before, total = self.statistics.before, self._total
             self._bar = tqdm(unit=" rows", total=total, initial=before, file=sys.stderr, dynamic_ncols=True)
 
     def add(self, row: Row) -> None:

@@ -104,6 +104,7 @@ class Job:
                 options = replace(self.options, concurrency=book.concurrency)
                 with closing(load()) as refiner, closing(refiner.session(options)) as session:
                     book.begin(all_kept=not self.ordered)
+                    reporter.begin()
                     _Loop(self, book, reader, reporter, check, session, refiner.max_batch_size).run(first)
         book.finish(unread.rows)
 
