@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from engine.refiner import Refiner
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-OUTPUT_SUFFIXES = (".jsonl", ".json")
+OTHER_FORMATS = (".csv", ".gz", ".parquet", ".tsv", ".zip", ".zst")
+"""Names of outputs that would promise what they don't hold."""
 LOAD_DEFAULTS = {
     "dtype": "float32",
     "device": "cpu",
@@ -201,8 +202,8 @@ def _check_output(output: Path, source: str) -> None:
         raise ValueError(f"the output {output} is the input: give another file")
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"the output {output} must be a file in a folder that exists")
-    if output.suffix not in OUTPUT_SUFFIXES and not output.exists():
-        raise ValueError(f"the output's name must end in {' or '.join(OUTPUT_SUFFIXES)}, got {output.name!r}")
+    if output.suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"the output is JSON lines, or for .json an array; got the name {output.name!r}: use .jsonl")
 
 
 def _explain(error: BaseException) -> str:

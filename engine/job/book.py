@@ -102,8 +102,9 @@ class Book:
         claim: Claim | None = None,
         shard: Shard | None = None,
         fresh: bool = True,
+        stream: Path | None = None,
     ) -> None:
-        """Without ``files`` rows go to standard output; ``fresh``: whatever is in the files is to be dropped."""
+        """Without ``files`` rows go to ``stream`` or standard output; ``fresh``: what is in the files is to be dropped."""
         self.resources = ExitStack()
         self.done = Done()
         """Rows that need not be computed."""
@@ -112,6 +113,7 @@ class Book:
         self.concurrency: int = settings["plan"]["concurrency"]
         self._settings, self._files, self._claim, self._fresh = settings, files, claim, fresh
         self._writer: RowWriter | None = None
+        self._stream = stream
         self._size = 0
         self._last = -1  # index of the last row written
         there = Done()
@@ -163,7 +165,7 @@ class Book:
 
     def _open_writer(self) -> RowWriter:
         if self._writer is None:
-            self._writer = RowWriter(self._files.work if self._files else None, self._size)
+            self._writer = RowWriter(self._files.work if self._files else self._stream, self._size)
             self.resources.callback(self._writer.close)
         return self._writer
 

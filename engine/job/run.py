@@ -16,7 +16,7 @@ from engine.job.source import Source
 from engine.options import RefineOptions
 from engine.request import Request, Result
 
-ROWS_AHEAD = 256
+ROWS_AHEAD = 128
 """Rows parsed before they are needed."""
 ROWS_HELD = 16
 """Finished rows kept back for the sake of their order, in batches of ``max_batch_size``."""
@@ -51,7 +51,7 @@ class Job:
 
     source: Source
     output: Path | None
-    """None: standard output; then there is nothing to resume."""
+    """None, for standard output, or what is no regular file: then there is nothing to resume."""
     settings: Settings
     """What decides the bytes of the output; plan.concurrency is what windows are planned for."""
     options: RefineOptions
@@ -70,8 +70,8 @@ class Job:
         is left to compute, ``check`` between steps: what it raises ends the job with everything finished so far in the
         output. Raises Refused, StoppedAtError, OSError.
         """
-        if self.output is None:
-            with Book(self.settings) as book:
+        if self.output is None or (self.output.exists() and not self.output.is_file()):
+            with Book(self.settings, stream=self.output) as book:
                 self._complete(book, load, reporter, check)
             return reporter.statistics.all_errors
         if self.shard is None and self.output.suffix != ".json":

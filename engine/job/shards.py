@@ -4,6 +4,7 @@ Ranks share nothing but the file system. Each completes its own part, and the on
 no collective operation that a dead rank could leave the others waiting in.
 """
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Assembly:
 
     def _check_other_parts(self, overwrite: bool) -> None:
         mine = f"-of-{self.shard.world:05}"
-        for path in sorted(self.output.parent.glob(f"{self.output.name}.part-*")):
+        for path in sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*")):
             if mine in path.name:
                 continue
             if not overwrite:

@@ -1,6 +1,7 @@
 """Rows of an input file, read as a stream: JSON lines (also gzipped), a JSON array, Parquet."""
 
 import codecs
+import errno
 import gzip
 import hashlib
 import io
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 from engine.errors import InvalidRequest
 
-MAX_ROW_BYTES = 64 << 20
+MAX_ROW_BYTES = 16 << 20
 """Longest line, or element of an array, that is read into memory."""
 BLOCK = 1 << 20
 PARQUET_ROWS = 256
@@ -52,11 +53,13 @@ class Source:
         form: Form = "parquet" if name.endswith(".parquet") else "array" if name.endswith(".json") else "lines"
         if form == "parquet" and gzipped:
             raise ValueError(f"{path} is a gzipped Parquet file: unpack it, Parquet is compressed by itself")
-        if path == "-" or not stat.S_ISREG(os.stat(path).st_mode):
+        mode = os.fstat(0).st_mode if path == "-" else os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if path == "-" or not stat.S_ISREG(mode):
             if form != "lines" or gzipped:
                 raise ValueError(f"{path} is not a regular file: only JSON lines are read from a pipe")
-            with open(0 if path == "-" else path, "rb", closefd=path != "-"):  # not readable: say so now
-                return cls(path, form, gzipped, None, None)
+            return cls(path, form, gzipped, None, None)
         digest, lines = _digest(path)
         rows = lines if form == "lines" and not gzipped else None
         if form == "parquet":
