@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import signal
 import subprocess
 import time
@@ -60,8 +61,12 @@ def test_signal_ends_the_job_behind_the_step_it_comes_in(
     assert f"{len(rows)} rows, 0 errors" in errors
     assert "Traceback" not in errors
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    got, rows = run(model, tmp_path, lines(ROWS), *options)
-    assert (got, timeless(rows)) == (0, want)
+    got, finished = run(model, tmp_path, lines(ROWS), *options)
+    assert (got, timeless(finished)) == (0, want)
+    said = re.search(r"(\d+) rows, 0 errors \(and (\d+) of an earlier run, 0 errors\)", capsys.readouterr().err)
+    assert said
+    assert int(said[1]) + int(said[2]) == len(ROWS)
+    assert int(said[2]) >= len(rows)
 
 
 def test_second_ctrl_c_does_not_wait_for_the_step(
