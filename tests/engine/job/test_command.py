@@ -112,7 +112,7 @@ def test_input_and_output_must_be_given(left_out: str, capsys: pytest.CaptureFix
         ("--input in.parquet", "in.parquet is not a Parquet file"),
         ("--output missing/folder/out.jsonl", "missing/folder/out.jsonl"),
         ("--output .", "must be a file"),
-        ("--output out.parquet", "must end in .jsonl or .json, got 'out.parquet'"),
+        ("--output out.parquet", "got the name 'out.parquet': use .jsonl"),
         ("--output in.jsonl", "is the input"),
         ("--model /missing", "/missing"),
         ("--questions missing.jsonl", "missing.jsonl"),
