@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         EngineDead,
         EngineError,
         InvalidRequest,
+        InvalidTrajectory,
         NonFiniteLogits,
         OutOfMemory,
         RequestTooLong,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from engine.refiner import Refiner
     from engine.request import Request, Result
     from engine.session import Session
+    from engine.training import TrainStepOutput, Trajectory, TrajectoryCollator, train_step
 
 logging.getLogger("engine").addHandler(logging.NullHandler())
 
@@ -33,6 +35,7 @@ __all__ = [
     "EngineDead",
     "EngineError",
     "InvalidRequest",
+    "InvalidTrajectory",
     "NonFiniteLogits",
     "OutOfMemory",
     "RefineOptions",
@@ -41,8 +44,12 @@ __all__ = [
     "RequestTooLong",
     "Result",
     "Session",
+    "TrainStepOutput",
+    "Trajectory",
+    "TrajectoryCollator",
     "UnsupportedModel",
     "consistency_loss",
+    "train_step",
 ]
 
 _HOMES = {
@@ -54,7 +61,11 @@ _HOMES = {
     "Request": "request",
     "Result": "request",
     "Session": "session",
+    "TrainStepOutput": "training",
+    "Trajectory": "training",
+    "TrajectoryCollator": "training",
     "consistency_loss": "kernels",
+    "train_step": "training",
 }
 
 

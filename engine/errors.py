@@ -25,5 +25,9 @@ class UnsupportedModel(EngineError):
     """A checkpoint needs something the engine does not implement; raised when it is loaded."""
 
 
+class InvalidTrajectory(EngineError):
+    """A trajectory cannot be trained on as it is; leave it out or mend it."""
+
+
 class EngineDead(EngineError):
     """The refiner was closed."""
