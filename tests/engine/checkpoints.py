@@ -132,12 +132,17 @@ def choose_eos(model: PreTrainedModel, texts: list[list[int]]) -> list[int]:
     return sorted({2, *late[:2]})
 
 
-def build(name: str, folder: Path, seed: int = 0) -> Oracle:
-    """The oracle of one of FAMILIES."""
+def family_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """The random model of one of FAMILIES."""
     cls, changes = FAMILIES[name]
-    model = random_model(
+    return random_model(
         cls(**{**_COMMON, **changes}), seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:2])
     )
+
+
+def build(name: str, folder: Path, seed: int = 0) -> Oracle:
+    """The oracle of one of FAMILIES."""
+    model = family_model(name, seed)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=PAD)
     model.config.eos_token_id = None
     texts = [generate(model, prompt, 40) for prompt in prompts(0)[:4]]
