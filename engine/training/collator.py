@@ -144,8 +144,15 @@ def collate(rows: Sequence[Sequence[Layout]], pad_id: int, *, pad_to_multiple: i
             flat[name] += [value] * missing
     tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in flat.items()}
     grids = {name: tensors[name].view(len(rows), length) for name in names}
-    return TrainBatch(  # type: ignore[typeddict-item]
-        **{**tensors, **grids},
+    return TrainBatch(
+        input_ids=grids["input_ids"],
+        position_ids=grids["position_ids"],
+        trajectory_ids=grids["trajectory_ids"],
+        response_ids=grids["response_ids"],
+        target_rows=tensors["target_rows"],
+        labels=tensors["labels"],
+        draft_rows=tensors["draft_rows"],
+        pair_index=tensors["pair_index"],
         label_count=torch.tensor(len(flat["labels"])),
         pair_count=torch.tensor(len(flat["draft_rows"])),
     )

@@ -78,7 +78,7 @@ def _block_mask(batch: TrainBatch, window: int | None, _: torch.dtype | None) ->
     rows, length = batch["input_ids"].shape
     device = batch["input_ids"].device
     rule = mask_rule(batch, window)
-    return create_block_mask(rule, rows, None, length, length, device=device)  # type: ignore[arg-type]
+    return create_block_mask(rule, rows, None, length, length, device=device)
 
 
 def mask_rule(batch: TrainBatch, window: int | None = None) -> Callable[[Any, Any, Any, Any], Tensor]:

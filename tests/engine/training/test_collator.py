@@ -141,7 +141,9 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 def test_a_trajectory_that_does_not_fit() -> None:
     made = Trajectory(id="long", prompt_ids=[5] * 30, responses=[[6, 7, 8], [7, 8, 2]])
-    with pytest.raises(InvalidTrajectory, match="'long' has 36 tokens .30 of its prompt., a row holds max_tokens=35"):
+    with pytest.raises(
+        InvalidTrajectory, match=r"'long' has 36 tokens \(30 of its prompt\), a row holds max_tokens=35"
+    ):
         TrajectoryCollator(PAD, max_tokens=35)([made])
     assert TrajectoryCollator(PAD, max_tokens=36)([made])["input_ids"].shape == (1, 36)
 

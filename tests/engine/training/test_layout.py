@@ -1,5 +1,6 @@
 """The layout of a trajectory, against definitions that look at whole contexts."""
 
+import itertools
 import math
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_tokens_of_the_row(prompt: list[int], target: list[int], drafts: list[li
     filled = [fitted(draft, len(target), PAD) for draft in drafts]
     kept = [draft for draft in filled if naive_pairs(target, draft)]
     n = len(target)
-    assert layout.input_ids == sum([prompt, target, *kept], [])
+    assert layout.input_ids == [*prompt, *target, *itertools.chain(*kept)]
     assert layout.response_ids == [0] * len(prompt) + [r + 1 for r in range(len(kept) + 1) for _ in range(n)]
     restarts = [len(prompt) + i for _ in range(len(kept) + 1) for i in range(n)]
     assert layout.position_ids == [*range(len(prompt)), *restarts]

@@ -97,7 +97,7 @@ def test_forms_of_the_mask() -> None:
 def test_attention_that_takes_no_such_mask() -> None:
     config = LlamaConfig()
     config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModel, match="'flash_attention_2'.*set_attn_implementation with one of 'sdpa'"):
+    with pytest.raises(UnsupportedModel, match=r"'flash_attention_2'.*set_attn_implementation with one of 'sdpa'"):
         attention_masks(config, batch_of(6), torch.float32)
 
 

@@ -61,7 +61,7 @@ def test_models_that_cannot_be_trained(family: Family) -> None:
     small = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     scaled = AutoModelForCausalLM.from_config(GraniteConfig(**small, logits_scaling=8.0))
-    with pytest.raises(UnsupportedModel, match="'logits_scaling' is 8.0, which train_step does not honour"):
+    with pytest.raises(UnsupportedModel, match=r"'logits_scaling' is 8\.0, which train_step does not honour"):
         train_step(scaled, batch)
     with pytest.raises(UnsupportedModel, match="needs a causal language model of transformers, got Linear"):
         train_step(nn.Linear(2, 2), batch)
