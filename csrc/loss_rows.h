@@ -5,6 +5,11 @@
 static inline Vec exp_or_zero(Vec x) { return select(x < splat(-87.3f), Vec{}, vexp(x)); }
 static inline Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
 
+// With a soft-cap what is kept is t = tanh(z / cap), not s = cap * t: rounding the product would cost its slope 1 - t^2 what
+// few digits it has where the cap saturates.
+static inline Vec cap_slope(Vec t, float cap) { return cap > 0 ? (splat(1.f) - t) * (splat(1.f) + t) : splat(1.f); }
+static inline float cap_gain(float cap) { return cap > 0 ? cap : 1.f; }
+
 // Of one block of the vocabulary and one row; blocks are merged in their order, whoever computed them.
 struct LossPartial {
   float *largest, *sum, *sum_tempered;  // [blocks][lanes]: maximum, sum of exp(s - largest), of exp((s - largest) / temperature)
@@ -55,11 +60,6 @@ static double merge_blocks(const float* largest, const float* sum, int64_t block
     if (largest[b * lanes] > -INFINITY) total += sum[b * lanes] * std::exp((largest[b * lanes] - m) * factor);
   return m * factor + std::log(total);
 }
-
-// With a soft-cap what is kept is t = tanh(z / cap), not s = cap * t: rounding the product would cost its slope 1 - t^2 what
-// few digits it has where the cap saturates.
-static inline Vec cap_slope(Vec t, float cap) { return cap > 0 ? (splat(1.f) - t) * (splat(1.f) + t) : splat(1.f); }
-static inline float cap_gain(float cap) { return cap > 0 ? cap : 1.f; }
 
 // What 16 rows carry through the second pass; arrays of 16.
 struct Lanes {
