@@ -213,7 +213,7 @@ class LossPass {
         float* at = z + v * kStrip + lane;
         Vec s = load(at);
         if (bias) s += splat(bias[v]);
-        if (a_.softcap > 0) s = splat(a_.softcap) * vtanh(s / splat(a_.softcap));
+        if (a_.softcap > 0) s = vtanh(s / splat(a_.softcap));
         store(at, s);
       }
   }
@@ -256,8 +256,7 @@ class LossPass {
     const int64_t first = b * p_.block + start;
     for (int64_t i = lane; gradients_ && i < std::min(a_.targets, lane + 16); ++i) {
       if (a_.labels[i] < first || a_.labels[i] >= first + rows || scale_[i] == 0) continue;
-      const float capped = a_.softcap > 0 ? picked_[i] / a_.softcap : 0.f;
-      z[(a_.labels[i] - first) * kStrip + i - lane] -= scale_[i] * (1 - capped * capped);
+      z[(a_.labels[i] - first) * kStrip + i - lane] -= scale_[i] * cap_slope(splat(picked_[i]), a_.softcap)[0];
     }
   }
 
@@ -328,7 +327,7 @@ class LossPass {
       const int64_t i = target ? lane : lane - p_.target_lanes;
       if (i >= (target ? a_.targets : a_.drafts)) continue;
       const int64_t row = target ? a_.target_rows[i] : a_.draft_rows[i], place = target ? row : a_.m + row;
-      if (target) a_.cross_entropy[row] = scale_[lane] != 0 ? lse_[lane] - picked_[lane] : 0.f;
+      if (target) a_.cross_entropy[row] = scale_[lane] != 0 ? lse_[lane] - picked_[lane] * cap_gain(a_.softcap) : 0.f;
       else a_.divergence[row] = (float)(total(partial_.sum + lane, blocks, n) * a_.temperature * a_.temperature);
       if (a_.entropy) {
         a_.lse[place] = lse_[lane], a_.entropy[place] = (float)-total(partial_.sum_tempered + lane, blocks, n);
@@ -356,10 +355,23 @@ class LossPass {
   bool tempered_, gradients_;
 };
 
+// Panels are walked across many pages at a time: with small ones translations miss. Only a wish, where it is known at all.
+static void prefer_large_pages(void* start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) & ~(page - 1);
+  if (bytes > (1 << 22)) madvise(reinterpret_cast<void*>(first), ((uintptr_t)start + bytes - first) & ~(page - 1), MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}
+
 // With a null workspace: only the bytes that it must have.
 static int64_t consistency_loss(const LossArgs& a, char* workspace) {
   const int64_t bytes = LossPlan(a, nullptr).bytes;
   if (!workspace) return bytes;
+  prefer_large_pages(workspace, bytes);
+  if (a.grad_weight && !a.accumulate)
+    prefer_large_pages(a.grad_weight, a.v * a.d * (a.weight_type == WeightType::kFloat32 ? 4 : 2));
   a.weight_type == WeightType::kFloat32 ? LossPass<float>(a, workspace).run() : LossPass<uint16_t>(a, workspace).run();
   return bytes;
 }

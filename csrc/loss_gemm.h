@@ -14,6 +14,7 @@ static inline void loss_tile(int64_t k_len, int64_t group_len, int64_t group_str
     const int64_t len = std::min(k_len, group_len);
 #pragma GCC unroll 2
     for (int64_t k = 0; k < len; ++k, b += kStrip) {
+      if (RS == 1) __builtin_prefetch(a + (k + 24) * KS, 0, 3);  // a strided walk that the hardware follows late
       Vec bv[NV];
 #pragma GCC unroll 3
       for (int v = 0; v < NV; ++v) bv[v] = load(b + v * W);

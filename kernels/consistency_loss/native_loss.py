@@ -16,7 +16,9 @@ from engine.kernels.native import Native, address, native, new_output
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 PANEL = 48  # rows whose logits lie side by side; kStrip in csrc/loss_gemm.h
-KEPT_BYTES = 1.15  # of logits for each row and entry of the vocabulary: a tenth of what eager PyTorch holds beyond gradients
+KEPT_BYTES = (
+    1.15  # of logits for each row and entry of the vocabulary: a tenth of what eager PyTorch holds beyond gradients
+)
 FEW_ROWS = 2 * PANEL  # are not divided further
 
 
