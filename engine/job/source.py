@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 
@@ -73,7 +73,7 @@ class Source:
             return
         try:
             with open(0 if self.path == "-" else self.path, "rb", BLOCK, closefd=self.path != "-") as raw:
-                file: BinaryIO = gzip.GzipFile(fileobj=raw) if self.gzipped else raw  # type: ignore[assignment]
+                file: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if self.gzipped else raw  # type: ignore[assignment]
                 yield from _read_array(file) if self.form == "array" else _read_lines(file)
         except (EOFError, zlib.error) as error:
             raise OSError(f"{self.path} is not a whole gzip file: {error}") from error
@@ -90,11 +90,11 @@ def _digest(path: str) -> tuple[str, int]:
     return digest.hexdigest(), lines + (last != b"\n")
 
 
-def _read_lines(file: BinaryIO) -> Iterator[RawRow]:
+def _read_lines(file: io.BufferedIOBase) -> Iterator[RawRow]:
     number = 0
-    while line := file.readline(MAX_ROW_BYTES):
+    while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
-        too_long = len(line) == MAX_ROW_BYTES and not line.endswith(b"\n")
+        too_long = len(line) > MAX_ROW_BYTES and not line.endswith(b"\n")
         while too_long and not line.endswith(b"\n") and (line := file.readline(BLOCK)):
             pass  # its rest
         if number == 1:
@@ -137,18 +137,23 @@ def _raiser(message: str) -> RawRow:
     return raise_it
 
 
-def _read_array(file: BinaryIO) -> Iterator[RawRow]:
-    """The elements of a JSON array, cut apart by their quotes and brackets: a broken one costs only itself."""
-    block = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
-    while block.isspace():
-        block = file.read(BLOCK)
+def _read_array(file: io.BufferedIOBase) -> Iterator[RawRow]:
+    """The elements of a JSON array, cut apart by their quotes and brackets: a broken one costs only itself as long as these
+    come in pairs."""
+    # read1: where a gzip file breaks off, read would lose what comes before
+    block = file.read1(BLOCK)
+    while len(block) < len(codecs.BOM_UTF8) and (piece := file.read1(BLOCK)):
+        block += piece
+    block = block.removeprefix(codecs.BOM_UTF8)
+    while not block.strip() and (block := file.read1(BLOCK)):
+        pass
     block = block.lstrip()
     if block[:1] != b"[":  # JSON lines under another name
         yield from _read_lines(io.BufferedReader(_Joined(block, file)))
         return
     number, cut = 0, _ArrayCutter()
     block = block[1:]
-    while not cut.closed and (block := block or file.read(BLOCK)):
+    while not cut.closed and (block := block or file.read1(BLOCK)):
         for element in cut.feed(block):
             yield _element(element, number)
             number += 1
@@ -158,6 +163,11 @@ def _read_array(file: BinaryIO) -> Iterator[RawRow]:
         yield _element(rest, number) if cut.closed else _raiser(f"element {number} is cut off: the array has no end")
     elif not cut.closed:
         yield _raiser(f"the array has no end: the file breaks off behind element {number - 1}")
+    behind = cut.behind
+    while cut.closed and not behind.strip() and (behind := file.read1(BLOCK)):
+        pass
+    if behind.strip():
+        yield _raiser(f"the array ends, and more text follows it: {behind.strip()[:40]!r}")
 
 
 def _element(text: bytes, number: int) -> RawRow:
@@ -174,6 +184,8 @@ class _ArrayCutter:
 
     def __init__(self) -> None:
         self.closed = False
+        self.behind = b""
+        """What follows the end of the array in the last piece."""
         self._kept: list[bytes] = []  # of the element under way, at most a little more than MAX_ROW_BYTES
         self._size = 0
         self._depth = 0
@@ -198,6 +210,7 @@ class _ArrayCutter:
                 if self._depth < 0:
                     self.closed = True
                     self._keep(block[start : at - 1])
+                    self.behind = block[at:]
                     return
             elif self._depth == 0:
                 self._keep(block[start : at - 1])
@@ -223,14 +236,14 @@ class _ArrayCutter:
 class _Joined(io.RawIOBase):
     """A file with the bytes already read put back in front."""
 
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+    def __init__(self, head: bytes, rest: io.BufferedIOBase) -> None:
         self._head, self._rest = head, rest
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        piece = self._head[: len(buffer)] or self._rest.read1(len(buffer))
         self._head = self._head[len(buffer) :]
         buffer[: len(piece)] = piece
         return len(piece)
