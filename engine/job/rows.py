@@ -147,12 +147,12 @@ def _fill(row: Row, fields: Fields, questions: Questions | None) -> None:
     row.shape = "plain" if plain else next((shape for name, shape in _SHAPES.items() if name in fields), "plain")
     consumed = ("id", "turns", "drafts") if row.shape == "turns" else ("id", *REQUEST_FIELDS)
     row.carried = {name: value for name, value in fields.items() if name not in consumed}
-    identity = fields.get("id")
-    if identity is None and row.shape != "plain":
-        identity = fields.get("question_id")
+    name = "id" if row.shape == "plain" or fields.get("id") is not None else "question_id"
+    identity = fields.get(name)
     if isinstance(identity, str | int) and not isinstance(identity, bool):
         row.id = identity
-    Request(prompt="-", id=identity)  # checks it
+    elif identity is not None:
+        raise InvalidRequest(f"{name} must be a string or an integer, got {_kind(identity)}")
     if row.shape == "fastchat":
         row.turns = _fastchat_turns(fields, questions)
     elif row.shape == "turns":
@@ -162,7 +162,7 @@ def _fill(row: Row, fields: Fields, questions: Questions | None) -> None:
             raise InvalidRequest("the row has instruction and input: join them into instruction")
         row.turns = [Turn(_request("instruction", fields["instruction"], "output", fields.get("output")))]
     elif plain:
-        row.turns = [Turn(Request(**{name: fields[name] for name in REQUEST_FIELDS if name in fields}, id=identity))]
+        row.turns = [Turn(Request(**{name: fields[name] for name in REQUEST_FIELDS if name in fields}))]
     else:
         got = f"the fields {sorted(map(str, fields))[:8]}" if fields else "an empty object"
         raise InvalidRequest(

@@ -21,6 +21,8 @@ from engine.errors import InvalidRequest
 
 MAX_ROW_BYTES = 16 << 20
 """Longest line, or element of an array, that is read into memory."""
+MAX_DEPTH = 256
+"""Deepest nesting of a row: what is written must be read again from wherever, so the interpreter's own limit is too late."""
 BLOCK = 1 << 20
 PARQUET_ROWS = 256
 
@@ -115,12 +117,26 @@ class _Line:
     def __call__(self) -> Fields:
         try:
             row = json.loads(self.text.rstrip().decode(), parse_float=_finite, parse_constant=_finite)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise InvalidRequest(f"{self.place} is nested deeper than {MAX_DEPTH} levels") from None
+        except ValueError as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise InvalidRequest(f"{self.place} is not valid JSON: {reason}") from None
         if not isinstance(row, dict):
             raise InvalidRequest(f"{self.place} must hold a JSON object, got {type(row).__name__}")
+        if self.text.count(b"[") + self.text.count(b"{") > MAX_DEPTH and _is_deep(row):
+            raise InvalidRequest(f"{self.place} is nested deeper than {MAX_DEPTH} levels")
         return row
+
+
+def _is_deep(row: Fields) -> bool:
+    level: list[Any] = [row]
+    for _ in range(MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [item for items in inner for item in items]
+        if not level:
+            return False
+    return any(isinstance(v, dict | list) for v in level)
 
 
 def _finite(text: str) -> float:
