@@ -79,14 +79,18 @@ class Job:
                 self._complete(book, load, reporter, check)
             return reporter.statistics.all_errors
         assembly = Assembly(self.output, self.shard or Shard())
-        merged = self.output if assembly.is_complete(self.settings, self.overwrite) else None
-        if merged and not (self.retry_errors and any(row.failed for row in read_finished(merged))):
+        merges = assembly.merges(self.settings, self.overwrite)
+        merged = None if merges is None else self.output
+        if merged:
             count = errors = 0
             for row in read_finished(merged):
                 count, errors = count + 1, errors + row.failed
-            reporter.start(count, count, errors)
-            return errors
-        with open_book(assembly.part, self.settings, self.overwrite, self.retry_errors, merged, assembly.shard) as book:
+            if not (self.retry_errors and errors):
+                assembly.clear(None if self.retry_errors else merges)
+                reporter.start(count, count, errors)
+                return errors
+        settings = {**self.settings, "plan": {**self.settings["plan"], "base": merges or 0}}
+        with open_book(assembly.part, settings, self.overwrite, self.retry_errors, merged, assembly.shard) as book:
             self._complete(book, load, reporter, check)
         return assembly.merge(self.settings, reporter.say)
 
