@@ -29,6 +29,11 @@ class Refused(ValueError):
     """The job cannot start on this output; nothing was changed."""
 
 
+def record_path(output: Path) -> Path:
+    """Where the record of an output lies."""
+    return output.with_name(output.name + RECORD_SUFFIX)
+
+
 class Claim:
     """The file beside an output that says how its rows were made; locked as long as a process writes them.
 
@@ -38,7 +43,7 @@ class Claim:
 
     def __init__(self, output: Path, *, wait: bool = False) -> None:
         """Takes the lock. Raises Refused when another process has it, unless ``wait``, and OSError."""
-        self.path = output.with_name(output.name + RECORD_SUFFIX)
+        self.path = record_path(output)
         self._output = output
         while True:
             try:
@@ -103,7 +108,9 @@ class Claim:
 
     def _write(self, text: bytes) -> None:
         self._check_still_there()
-        os.pwrite(self._fd, text, 0)  # first: there is no moment without a record
+        at = 0
+        while at < len(text):  # before it is cut to size: there is no moment without a record
+            at += os.pwrite(self._fd, text[at:], at)
         os.ftruncate(self._fd, len(text))
         os.fsync(self._fd)
 
@@ -129,7 +136,7 @@ def read_record(output: Path) -> tuple[Settings | None, int | None]:
     """The settings an output was made with (None: not made by a job) and, if it is complete, how often it was put together
     from parts; without the lock."""
     try:
-        fd = os.open(output.with_name(output.name + RECORD_SUFFIX), os.O_RDONLY)
+        fd = os.open(record_path(output), os.O_RDONLY)
     except FileNotFoundError:
         return None, None
     try:
@@ -196,7 +203,7 @@ def read_finished(path: Path) -> Iterator[Finished]:
             try:
                 row = json.loads(text.removesuffix(b","))
                 index, failed = row["index"], row["error"] is not None
-                if not isinstance(index, int) or not line.endswith(b"\n"):
+                if type(index) is not int or index < 0 or not line.endswith(b"\n"):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 pending = (

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.job.output import (
-    RECORD_SUFFIX,
     Claim,
     Finished,
     Refused,
@@ -20,6 +19,7 @@ from engine.job.output import (
     difference,
     read_finished,
     read_record,
+    record_path,
 )
 
 BUFFER = 1 << 20
@@ -68,7 +68,7 @@ class Assembly:
 
     def clear(self, merges: int | None) -> None:
         """Removes this process's part if it is one that a merge left behind; with None in any case."""
-        if not _record_of(self.part).exists():
+        if not record_path(self.part).exists():
             return
         with Claim(self.part) as claim:
             if base_of(claim.settings) != merges:
@@ -115,17 +115,13 @@ def _is_complete(part: Path, settings: Settings, base: int) -> bool:
     return merges is not None and base_of(made_with) == base and difference(made_with, settings) is None
 
 
-def _record_of(part: Path) -> Path:
-    return part.with_name(part.name + RECORD_SUFFIX)
-
-
 def _remove(part: Path) -> None:
     """Removes a part with all that lies beside it, the record last: without it nobody would know the rest."""
     part.unlink(missing_ok=True)
     for path in part.parent.glob(f"{glob.escape(part.name)}.*"):
-        if path != _record_of(part):
+        if path != record_path(part):
             path.unlink(missing_ok=True)
-    _record_of(part).unlink(missing_ok=True)
+    record_path(part).unlink(missing_ok=True)
 
 
 def _write_merged(parts: list[Path], new: Path, as_array: bool) -> tuple[int, int]:
