@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +15,7 @@ import pytest
 
 from engine import refine
 from engine.job import writer
-from tests.engine.job.stub import Workplace, finish, start, timeless, wait
+from tests.engine.job.stub import Workplace, finish, indices, start, wait
 
 KILLS = 8
 """In each mode; seven modes make more than fifty."""
@@ -54,7 +54,7 @@ def rows(mode: Mode) -> str:
     dice, lines = random.Random(str(mode)), []
     for i in range(ROWS):
         draft = "".join(dice.choices("abcdef ", k=dice.randint(0, 60)))
-        prompt = f"question {i} " + "x" * dice.choice([0, 5, 70])
+        prompt = f"question {i} " + "x" * dice.choice([0, 5, 120])
         if mode.turns:
             lines.append({"id": i, "turns": [prompt] * dice.randint(1, 3), "drafts": [draft]})
         else:
@@ -70,7 +70,6 @@ class Runner:
     place: Workplace
     model: Path
     mode: Mode
-    environment: dict[str, str] = field(default_factory=dict)
 
     def arguments(self, options: tuple[str, ...]) -> list[str]:
         source = "-" if self.mode.piped else str(self.place.input)
@@ -83,10 +82,18 @@ class Runner:
         arguments = self.arguments(self.mode.options if options is None else options)
 
         def run() -> int:
-            with mock.patch.object(writer, "FLUSH_SECONDS", 0.02), mock.patch.dict(os.environ, self.environment):
+            with mock.patch.object(writer, "FLUSH_SECONDS", 0.02):
                 return refine.main(arguments)
 
         return start(run, self.place.log, self.place.input if self.mode.piped else None)
+
+    def prepare(self) -> None:
+        """Input and earlier output, as before the run that is disturbed."""
+        for path in self.place.folder.glob("out*"):
+            path.unlink()
+        self.place.input.write_text(rows(self.mode))
+        if self.mode.first:
+            assert finish(self.start(self.mode.first)) == 3, self.place.said
 
     def compared(self) -> bytes:
         result = self.place.result
@@ -99,39 +106,61 @@ def test_killed_at_random_moments(mode: Mode, model: Path, tmp_path: Path) -> No
     dice = random.Random(str(mode))
     reference = Runner(Workplace(tmp_path / "undisturbed", mode.output), model, mode)
     disturbed = Runner(Workplace(tmp_path / "disturbed", mode.output), model, mode)
-    for runner in (reference, disturbed):
-        runner.place.input.write_text(rows(mode))
-        if mode.first:
-            assert finish(runner.start(mode.first)) == 3, runner.place.said
-    first = disturbed.compared() if mode.first else b""
+    reference.prepare()
+    disturbed.prepare()
+    first = reference.compared() if mode.first else b""
     began = time.monotonic()
     assert finish(reference.start()) == 3, reference.place.said
     whole = time.monotonic() - began
     assert reference.compared().count(b'"index": ') == ROWS + 3
     assert reference.compared() != first
 
-    kills, ends, seen = 0, 0, set()
-    while kills < KILLS or not ends:
+    kills, ended, seen = 0, False, set()
+    while kills < KILLS or not ended:
+        if ended:  # before all kills were due: from the beginning
+            disturbed.prepare()
         child = disturbed.start()
-        status = None
-        if kills < KILLS:
-            status = wait(child, dice.uniform(0.1, 0.9) * whole)
-        if status is None and kills < KILLS:
+        status = wait(child, dice.uniform(0.1, 0.9) * whole) if kills < KILLS else finish(child)
+        if status is None:
             os.kill(child, signal.SIGKILL)
-            assert wait(child) == -signal.SIGKILL
+            status = finish(child)
+        ended = status != -signal.SIGKILL
+        if ended:
+            assert status == 3, disturbed.place.said
+            assert disturbed.compared() == reference.compared()
+        else:
             kills += 1
             seen.add(sum(path.stat().st_size for path in disturbed.place.folder.glob("out*")))
-            continue
-        if status is None:
-            status = finish(child)
-        assert status == 3, disturbed.place.said
-        assert disturbed.compared() == reference.compared()
-        ends += 1
-        if kills < KILLS:  # and once more from the beginning
-            for path in disturbed.place.folder.glob("out*"):
-                path.unlink()
-            if mode.first:
-                assert finish(disturbed.start(mode.first)) == 3
     assert disturbed.place.files() == reference.place.files()
     assert "Traceback" not in disturbed.place.said
     assert len(seen) > 2, f"the kills met too few states: {seen}"
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_killed(model: Path, tmp_path: Path) -> None:
+    """``python -m engine.refine`` itself, killed once while it loads and twice while it writes."""
+    mode = Mode("processes", ("--max-new-tokens", "12"))
+    runner = Runner(Workplace(tmp_path), model, mode)
+    runner.place.input.write_text("".join(json.dumps({"prompt": f"row {i}" * 9}) + "\n" for i in range(2000)))
+    command = [sys.executable, "-m", "engine.refine", *runner.arguments(mode.options)]
+    record = tmp_path / "out.jsonl.job"
+    for least in (-1, 0, 60_000):
+        with (tmp_path / "log").open("ab") as log, subprocess.Popen(command, stderr=log) as process:
+            deadline = time.monotonic() + 240
+            while process.poll() is None and time.monotonic() < deadline:
+                size = runner.place.output.stat().st_size if runner.place.output.exists() else 0
+                if record.exists() if least < 0 else size > least:
+                    break
+                time.sleep(0.002)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, runner.place.said
+    assert runner.place.output.stat().st_size > 60_000
+    assert len(indices(runner.place.output.read_bytes())) < 2000
+    assert finish(runner.start()) == 0
+    disturbed = runner.place.result
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    assert finish(runner.start()) == 0
+    assert runner.place.result == disturbed
+    assert "are finished already" in runner.place.said
+    assert indices(disturbed) == list(range(2000))
