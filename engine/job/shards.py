@@ -32,6 +32,10 @@ class Shard:
     rank: int = 0
     world: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} of {self.world}")
+
     def __contains__(self, index: int) -> bool:
         return index % self.world == self.rank
 
