@@ -19,7 +19,7 @@ class RowWriter:
         status = os.fstat(self._fd)
         self._regular = path is not None and stat.S_ISREG(status.st_mode)
         self._inode = status.st_ino
-        if self._regular:
+        if self._regular and status.st_size != size:
             os.ftruncate(self._fd, size)
         self._written: tuple[int, list[bytes]] = (
             size,
