@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.job.interrupt import Interrupted, Signals
-from engine.job.output import Refused
+from engine.job.output import Refused, record_path
 from engine.job.report import Reporter
 from engine.job.rows import read_questions
 from engine.job.run import Job, StoppedAtError
@@ -165,6 +165,8 @@ def build_job(args: argparse.Namespace, shard: Shard | None) -> "tuple[Job, Call
     output = None if args.output == "-" else Path(args.output)
     if output is not None:
         _check_output(output, args.input)
+    if args.metrics_file is not None:
+        _check_metrics(args.metrics_file, [Path(args.input), *([output, record_path(output)] if output else [])])
     names = [field.name for field in dataclasses.fields(RefineOptions) if field.name != "concurrency"]
     options = RefineOptions(**{name: getattr(args, name) for name in names})
     load_options = {name: getattr(args, name) for name in (*LOAD_DEFAULTS, "trust_remote_code")}
@@ -204,6 +206,14 @@ def _check_output(output: Path, source: str) -> None:
         raise ValueError(f"the output {output} must be a file in a folder that exists")
     if output.suffix.lower() in OTHER_FORMATS:
         raise ValueError(f"the output is JSON lines, or for .json an array; got the name {output.name!r}: use .jsonl")
+
+
+def _check_metrics(metrics: Path, others: list[Path]) -> None:
+    for path in others:
+        if metrics.resolve() == path.resolve() or (metrics.exists() and path.exists() and metrics.samefile(path)):
+            raise ValueError(f"--metrics-file {metrics} would overwrite {path}: give another file")
+    if metrics.is_dir() or not metrics.parent.is_dir():
+        raise ValueError(f"--metrics-file {metrics} must be a file in a folder that exists")
 
 
 def _explain(error: BaseException) -> str:
@@ -301,7 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except _CannotStart as error:
             reporter.say(f"error: {_explain(error.__cause__ or error)}")
             return EXIT_USAGE
-        reporter.end(state)
+        try:
+            reporter.end(state)
+        except OSError as error:
+            reporter.say(f"error: the metrics could not be written: {_explain(error)}")
+            return EXIT_FAILED
         return status
 
 

@@ -117,13 +117,13 @@ def _check_ids(name: str, value: object, *, may_be_empty: bool = False) -> None:
         raise InvalidRequest(f"{name} is empty: it needs at least one token")
     for token in value:
         if not isinstance(token, int) or isinstance(token, bool):
-            raise InvalidRequest(f"{name} must hold integers, got {token!r} ({type(token).__name__})")
+            raise InvalidRequest(f"{name} must hold integers, got {token!r:.80} ({type(token).__name__})")
 
 
 def _describe(value: object) -> str:
     """What was got, in a few words whatever its size and depth."""
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {sorted(map(str, value))[:5]}"
+        return f"a {type(value).__name__} with the keys {sorted(map(str, value))[:5]!s:.200}"
     return f"{type(value).__name__}" + (f" of length {len(value)}" if isinstance(value, list | tuple | str) else "")
 
 
@@ -137,5 +137,5 @@ def _check_messages(messages: object) -> None:
         _check_text("a message's content", turn["content"], may_be_empty=turn["role"] != "user")
     if messages[-1]["role"] != "user":
         raise InvalidRequest(
-            f"messages must end with the user's turn (the answer belongs in draft), got role {messages[-1]['role']!r}"
+            f"messages must end with the user's turn (the answer belongs in draft), got role {messages[-1]['role']!r:.80}"
         )

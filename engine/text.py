@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # its own limit only has it warn of long texts, in the midst of a progress bar; what does not fit, requests are told
+    tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 

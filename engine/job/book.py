@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from engine.job.output import Claim, Done, Finished, Refused, Settings, difference, read_finished
+from engine.job.output import Claim, Done, Finished, Refused, Settings, base_of, difference, read_finished
 from engine.job.shards import Shard
 from engine.job.writer import RowWriter
 
@@ -76,8 +76,9 @@ def _is_fresh(claim: Claim, rows: Path, retry: Path, settings: Settings, overwri
     if not any(path.exists() and path.stat().st_size for path in files):
         return True
     changed = difference(claim.settings, settings)
+    left_over = base_of(claim.settings) != base_of(settings)
     if overwrite:
-        return bool(changed) or claim.complete or retry.exists()
+        return bool(changed) or left_over or claim.complete or retry.exists()
     if changed:
         raise Refused(
             f"{rows} holds rows of another run ({changed}): "
@@ -85,7 +86,7 @@ def _is_fresh(claim: Claim, rows: Path, retry: Path, settings: Settings, overwri
         )
     if retry.exists() and not retry_errors:
         raise Refused(f"{retry} is of a run with --retry-errors that was cut short: finish it with --retry-errors")
-    return False
+    return left_over
 
 
 def _has_errors(rows: Path) -> bool:
@@ -212,6 +213,7 @@ class Book:
                 self._claim.finish(rows)
             for path in self._files.all_ahead:
                 path.unlink(missing_ok=True)
+                _beside(path, ".new").unlink(missing_ok=True)
 
     def __enter__(self) -> "Book":
         return self

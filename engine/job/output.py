@@ -29,15 +29,21 @@ class Refused(ValueError):
     """The job cannot start on this output; nothing was changed."""
 
 
+def record_path(output: Path) -> Path:
+    """Where the record of an output lies."""
+    return output.with_name(output.name + RECORD_SUFFIX)
+
+
 class Claim:
     """The file beside an output that says how its rows were made; locked as long as a process writes them.
 
-    It is one line of JSON with the settings, and a second one once every row is there.
+    It is one line of JSON with the settings, and a second one once every row is there, which also says how often the
+    output was put together from parts.
     """
 
     def __init__(self, output: Path, *, wait: bool = False) -> None:
         """Takes the lock. Raises Refused when another process has it, unless ``wait``, and OSError."""
-        self.path = output.with_name(output.name + RECORD_SUFFIX)
+        self.path = record_path(output)
         self._output = output
         while True:
             try:
@@ -56,23 +62,33 @@ class Claim:
                 os.close(self._fd)
                 raise
             os.close(self._fd)
-        self.settings, self.complete = _read_record(self._fd)
+        self.settings, end = _read_record(self._fd)
+        self.complete = end is not None
+        self.merges = end or 0
 
     def begin(self, settings: Settings) -> None:
         """Records how the rows to come are made; before the first of them."""
-        self._write(json.dumps(settings, indent=None).encode() + b"\n", 0)
-        self.settings, self.complete = settings, False
+        self.reopen()  # or the new settings could stand before the end of the old ones' rows
+        self._write(_lines(settings))
+        self.settings = settings
 
-    def finish(self, rows: int) -> None:
+    def finish(self, rows: int, merges: int = 0) -> None:
         """Records that all rows are there."""
-        self._write(json.dumps({"complete": rows}).encode() + b"\n", os.fstat(self._fd).st_size)
-        self.complete = True
+        assert self.settings is not None
+        # both lines: a part of the second may stand there already
+        self._write(_lines(self.settings, {"complete": rows, "merges": merges}))
+        self.complete, self.merges = True, merges
 
     def reopen(self) -> None:
         """Takes back ``finish``."""
+        self._check_still_there()
         if self.complete:
             os.ftruncate(self._fd, os.pread(self._fd, _MOST, 0).index(b"\n") + 1)
-            self.complete = False
+            self.complete, self.merges = False, 0
+
+    def _check_still_there(self) -> None:
+        if not os.fstat(self._fd).st_nlink:
+            raise OSError(f"{self.path} was removed while rows were written: run the command again")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -90,31 +106,48 @@ class Claim:
             self.remove()  # nothing came of it
         self.close()
 
-    def _write(self, text: bytes, at: int) -> None:
-        os.pwrite(self._fd, text, at)  # first: there is no moment without a record
-        os.ftruncate(self._fd, at + len(text))
+    def _write(self, text: bytes) -> None:
+        self._check_still_there()
+        at = 0
+        while at < len(text):  # before it is cut to size: there is no moment without a record
+            at += os.pwrite(self._fd, text[at:], at)
+        os.ftruncate(self._fd, len(text))
         os.fsync(self._fd)
 
 
-def _read_record(fd: int) -> tuple[Settings | None, bool]:
-    lines = os.pread(fd, _MOST, 0).split(b"\n")
+def _lines(*objects: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in objects)
+
+
+def _read_record(fd: int) -> tuple[Settings | None, int | None]:
+    settings, end = [_read_line(line) for line in (*os.pread(fd, _MOST, 0).split(b"\n"), b"")[:2]]
+    return settings, None if settings is None or end is None or "complete" not in end else end.get("merges", 0)
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
     try:
-        settings = json.loads(lines[0])
+        value = json.loads(line)
     except ValueError:
-        return None, False
-    return (settings if isinstance(settings, dict) else None), len(lines) > 2 and lines[1].startswith(b'{"complete"')
+        return None
+    return value if isinstance(value, dict) else None
 
 
-def read_record(output: Path) -> tuple[Settings | None, bool]:
-    """The settings an output was made with, and whether it is complete; without the lock. None: not made by a job."""
+def read_record(output: Path) -> tuple[Settings | None, int | None]:
+    """The settings an output was made with (None: not made by a job) and, if it is complete, how often it was put together
+    from parts; without the lock."""
     try:
-        fd = os.open(output.with_name(output.name + RECORD_SUFFIX), os.O_RDONLY)
+        fd = os.open(record_path(output), os.O_RDONLY)
     except FileNotFoundError:
-        return None, False
+        return None, None
     try:
         return _read_record(fd)
     finally:
         os.close(fd)
+
+
+def base_of(settings: Settings | None) -> int:
+    """For a part: after how many merges of its output it was begun; parts of different ones do not belong together."""
+    return settings["plan"].get("base", 0) if settings else 0
 
 
 def difference(before: Settings | None, now: Settings) -> str | None:
@@ -170,7 +203,7 @@ def read_finished(path: Path) -> Iterator[Finished]:
             try:
                 row = json.loads(text.removesuffix(b","))
                 index, failed = row["index"], row["error"] is not None
-                if not isinstance(index, int) or not line.endswith(b"\n"):
+                if type(index) is not int or index < 0 or not line.endswith(b"\n"):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 pending = (

@@ -122,7 +122,10 @@ class Reporter:
             self._bar.update()
         if now - self._reported >= REPORT_SECONDS:
             self._reported = now
-            self._write_metrics("running")
+            try:
+                self._write_metrics("running")
+            except OSError as error:  # no reason to end the job
+                self.say(f"the metrics could not be written: {error}")
             if self._bar is None:
                 of = f" of {self._total}" if self._total is not None else ""
                 rate = _ratio(self.statistics.tokens, now - self._started)

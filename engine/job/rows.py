@@ -23,6 +23,8 @@ REFINED = "+refined"
 Questions = Mapping[Any, list[str]]
 """The turns of each question_id."""
 Shape = Literal["plain", "turns", "alpaca-eval", "fastchat"]
+_SHAPES: dict[str, Shape] = {"choices": "fastchat", "turns": "turns", "instruction": "alpaca-eval"}
+"""By the field that tells them."""
 
 
 @dataclass(slots=True)
@@ -132,11 +134,7 @@ def parse_row(raw: RawRow, index: int, questions: Questions | None = None) -> Ro
     """The row at ``index`` of the input; one that cannot be used has its error set."""
     row = Row(index, index)
     try:
-        fields = raw()
-        identity = fields.get("id")
-        if isinstance(identity, str | int) and not isinstance(identity, bool):
-            row.id = identity
-        _fill(row, fields, questions)
+        _fill(row, raw(), questions)
     except InvalidRequest as error:
         row.error = error
     except RecursionError:  # from showing a value, in a message, that is nested just short of what json.loads takes
@@ -145,32 +143,31 @@ def parse_row(raw: RawRow, index: int, questions: Questions | None = None) -> Ro
 
 
 def _fill(row: Row, fields: Fields, questions: Questions | None) -> None:
-    consumed: tuple[str, ...] = ("id", *REQUEST_FIELDS)
     plain = any(fields.get(name) is not None for name in REQUEST_FIELDS)
-    if not plain and "choices" in fields:
-        row.shape = "fastchat"
+    row.shape = "plain" if plain else next((shape for name, shape in _SHAPES.items() if name in fields), "plain")
+    consumed = ("id", "turns", "drafts") if row.shape == "turns" else ("id", *REQUEST_FIELDS)
+    row.carried = {name: value for name, value in fields.items() if name not in consumed}
+    name = "id" if row.shape == "plain" or fields.get("id") is not None else "question_id"
+    identity = fields.get(name)
+    if isinstance(identity, str | int) and not isinstance(identity, bool):
+        row.id = identity
+    elif identity is not None:
+        raise InvalidRequest(f"{name} must be a string or an integer, got {_kind(identity)}")
+    if row.shape == "fastchat":
         row.turns = _fastchat_turns(fields, questions)
-    elif not plain and "turns" in fields:
-        row.shape, consumed = "turns", ("id", "turns", "drafts")
+    elif row.shape == "turns":
         row.turns = _turns("turns", fields["turns"], "drafts", fields.get("drafts"))
-    elif not plain and "instruction" in fields:
-        row.shape = "alpaca-eval"
+    elif row.shape == "alpaca-eval":
         if fields.get("input"):
             raise InvalidRequest("the row has instruction and input: join them into instruction")
         row.turns = [Turn(_request("instruction", fields["instruction"], "output", fields.get("output")))]
-    row.carried = {name: value for name, value in fields.items() if name not in consumed}
-    if row.shape == "plain":
-        if not plain:
-            raise InvalidRequest(
-                "a row needs prompt, messages or prompt_ids (or instruction, turns or choices, see --help), "
-                f"got {f'the fields {sorted(map(str, fields))[:8]}' if fields else 'an empty object'}"
-            )
-        request = {name: fields[name] for name in REQUEST_FIELDS if name in fields}
-        row.turns = [Turn(Request(**request, id=fields.get("id")))]
-        return
-    identity = fields.get("id", fields.get("question_id"))
-    Request(prompt="-", id=identity)  # checks it
-    row.id = row.index if identity is None else identity
+    elif plain:
+        row.turns = [Turn(Request(**{name: fields[name] for name in REQUEST_FIELDS if name in fields}))]
+    else:
+        got = f"the fields {sorted(map(str, fields))[:8]}" if fields else "an empty object"
+        raise InvalidRequest(
+            f"a row needs prompt, messages or prompt_ids (or instruction, turns or choices, see --help), got {got:.300}"
+        )
 
 
 def _turns(name: str, questions: object, drafts_name: str, drafts: object) -> list[Turn]:
@@ -210,9 +207,11 @@ def _fastchat_turns(fields: Fields, questions: Questions | None) -> list[Turn]:
         raise InvalidRequest(f"choices must be a non-empty list, got {_kind(choices)}")
     turns = []
     for i, choice in enumerate(choices):
-        if not isinstance(choice, dict) or not isinstance(choice.get("turns"), list) or not choice["turns"]:
+        if not isinstance(choice, dict):
             raise InvalidRequest(f'choices[{i}] must be {{"turns": [text, ...], ...}}, got {_kind(choice)}')
-        drafts = choice["turns"]
+        drafts = choice.get("turns")
+        if not isinstance(drafts, list) or not drafts:
+            raise InvalidRequest(f"choices[{i}].turns must be a non-empty list of texts, got {_kind(drafts)}")
         asked = questions[key][: len(drafts)]
         turns += _turns(f"turns of question {key}", asked, f"choices[{i}].turns", drafts)
     return turns

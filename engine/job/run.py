@@ -79,14 +79,21 @@ class Job:
                 self._complete(book, load, reporter, check)
             return reporter.statistics.all_errors
         assembly = Assembly(self.output, self.shard or Shard())
-        merged = self.output if assembly.is_complete(self.settings, self.overwrite) else None
-        if merged and not (self.retry_errors and any(row.failed for row in read_finished(merged))):
-            count = errors = 0
+        merges = assembly.merges(self.settings, self.overwrite)
+        merged = None if merges is None else self.output
+        if merged:
+            done, errors = Done(), 0
             for row in read_finished(merged):
-                count, errors = count + 1, errors + row.failed
-            reporter.start(count, count, errors)
-            return errors
-        with open_book(assembly.part, self.settings, self.overwrite, self.retry_errors, merged, assembly.shard) as book:
+                done.add(row)
+                errors += row.failed
+            if not (self.retry_errors and errors):
+                assembly.clear(None if self.retry_errors else merges)
+                if self.source.digest is None:
+                    self._check_same(done, check)
+                reporter.start(done.count, done.count, errors)
+                return errors
+        settings = {**self.settings, "plan": {**self.settings["plan"], "base": merges or 0}}
+        with open_book(assembly.part, settings, self.overwrite, self.retry_errors, merged, assembly.shard) as book:
             self._complete(book, load, reporter, check)
         return assembly.merge(self.settings, reporter.say)
 
@@ -107,6 +114,15 @@ class Job:
                     reporter.begin()
                     _Loop(self, book, reader, reporter, check, session, refiner.max_batch_size).run(first)
         book.finish(unread.rows)
+
+    def _check_same(self, done: Done, check: Callable[[], None]) -> None:
+        """Reads the input through. Raises Refused unless it is that of the complete output."""
+        with closing(Reader(iter(_Unread(self, done)), ROWS_AHEAD)) as reader:
+            while not reader.ended:
+                check()
+                row = reader.get(wait=True)
+                if row:
+                    raise Refused(f"{self.source.path} has more rows than {self.output}: the input is not the same")
 
     def _total(self) -> int | None:
         rows = self.source.rows

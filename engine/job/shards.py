@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.job.output import RECORD_SUFFIX, Claim, Finished, Refused, Settings, difference, read_finished, read_record
+from engine.job.output import (
+    Claim,
+    Finished,
+    Refused,
+    Settings,
+    base_of,
+    difference,
+    read_finished,
+    read_record,
+    record_path,
+)
 
 BUFFER = 1 << 20
 
@@ -21,6 +31,10 @@ class Shard:
 
     rank: int = 0
     world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} of {self.world}")
 
     def __contains__(self, index: int) -> bool:
         return index % self.world == self.rank
@@ -40,19 +54,29 @@ class Assembly:
     def _part(self, rank: int) -> Path:
         return self.output.with_name(f"{self.output.name}.part-{rank:05}-of-{self.shard.world:05}")
 
-    def is_complete(self, settings: Settings, overwrite: bool) -> bool:
-        """Whether the output has been put together already. Raises Refused where it, or a part, is of another job."""
+    def merges(self, settings: Settings, overwrite: bool) -> int | None:
+        """How often the complete output has been put together; None: it is not complete, or to be made anew. Raises Refused
+        where it, or a part, is of another job.
+        """
         self._check_other_parts(overwrite)
         if overwrite or not self.output.exists() or not self.output.stat().st_size:
-            return False
-        made_with, complete = read_record(self.output)
+            return None
+        made_with, merges = read_record(self.output)
         changed = difference(made_with, settings)
         if changed:
             raise Refused(
                 f"{self.output} is of another run ({changed}): "
                 "give the same model, input and options, another --output, or --overwrite to start anew"
             )
-        return complete
+        return merges
+
+    def clear(self, merges: int | None) -> None:
+        """Removes this process's part if it is one that a merge left behind; with None in any case."""
+        if not record_path(self.part).exists():
+            return
+        with Claim(self.part) as claim:
+            if base_of(claim.settings) != merges:
+                _remove(self.part)
 
     def _check_other_parts(self, overwrite: bool) -> None:
         mine = f"-of-{self.shard.world:05}"
@@ -73,24 +97,35 @@ class Assembly:
         with Claim(self.output, wait=True) as claim:
             if not self.part.exists():
                 return sum(row.failed for row in read_finished(self.output))  # another rank has merged
-            missing = [rank for rank, part in enumerate(parts) if not _is_complete(part, settings)]
+            base = base_of(read_record(self.part)[0])
+            missing = [rank for rank, part in enumerate(parts) if not _is_complete(part, settings, base)]
             if missing:
                 say(f"this part is complete, ranks {missing} are not: the one that ends last puts the output together")
                 return None
-            claim.begin(settings)
+            merges = claim.merges + 1
+            if not claim.complete or difference(claim.settings, settings):
+                claim.begin(settings)
             new = self.output.with_name(self.output.name + ".merge")
             rows, errors = _write_merged(parts, new, as_array=self.output.suffix == ".json")
             os.replace(new, self.output)
-            claim.finish(rows)
+            claim.finish(rows, merges)
             for part in parts:
-                part.unlink(missing_ok=True)
-                part.with_name(part.name + RECORD_SUFFIX).unlink(missing_ok=True)
+                _remove(part)
         return errors
 
 
-def _is_complete(part: Path, settings: Settings) -> bool:
-    made_with, complete = read_record(part)
-    return complete and difference(made_with, settings) is None
+def _is_complete(part: Path, settings: Settings, base: int) -> bool:
+    made_with, merges = read_record(part)
+    return merges is not None and base_of(made_with) == base and difference(made_with, settings) is None
+
+
+def _remove(part: Path) -> None:
+    """Removes a part with all that lies beside it, the record last: without it nobody would know the rest."""
+    part.unlink(missing_ok=True)
+    for path in part.parent.glob(f"{glob.escape(part.name)}.*"):
+        if path != record_path(part):
+            path.unlink(missing_ok=True)
+    record_path(part).unlink(missing_ok=True)
 
 
 def _write_merged(parts: list[Path], new: Path, as_array: bool) -> tuple[int, int]:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 
 MAX_ROW_BYTES = 16 << 20
 """Longest line, or element of an array, that is read into memory."""
+MAX_DEPTH = 256
+"""Deepest nesting of a row: what is written must be read again from wherever, so the interpreter's own limit is too late."""
 BLOCK = 1 << 20
 PARQUET_ROWS = 256
 
@@ -73,7 +75,7 @@ class Source:
             return
         try:
             with open(0 if self.path == "-" else self.path, "rb", BLOCK, closefd=self.path != "-") as raw:
-                file: BinaryIO = gzip.GzipFile(fileobj=raw) if self.gzipped else raw  # type: ignore[assignment]
+                file: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if self.gzipped else raw  # type: ignore[assignment]
                 yield from _read_array(file) if self.form == "array" else _read_lines(file)
         except (EOFError, zlib.error) as error:
             raise OSError(f"{self.path} is not a whole gzip file: {error}") from error
@@ -90,11 +92,11 @@ def _digest(path: str) -> tuple[str, int]:
     return digest.hexdigest(), lines + (last != b"\n")
 
 
-def _read_lines(file: BinaryIO) -> Iterator[RawRow]:
+def _read_lines(file: io.BufferedIOBase) -> Iterator[RawRow]:
     number = 0
-    while line := file.readline(MAX_ROW_BYTES):
+    while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
-        too_long = len(line) == MAX_ROW_BYTES and not line.endswith(b"\n")
+        too_long = len(line) > MAX_ROW_BYTES and not line.endswith(b"\n")
         while too_long and not line.endswith(b"\n") and (line := file.readline(BLOCK)):
             pass  # its rest
         if number == 1:
@@ -115,12 +117,26 @@ class _Line:
     def __call__(self) -> Fields:
         try:
             row = json.loads(self.text.rstrip().decode(), parse_float=_finite, parse_constant=_finite)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise InvalidRequest(f"{self.place} is nested deeper than {MAX_DEPTH} levels") from None
+        except ValueError as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise InvalidRequest(f"{self.place} is not valid JSON: {reason}") from None
         if not isinstance(row, dict):
             raise InvalidRequest(f"{self.place} must hold a JSON object, got {type(row).__name__}")
+        if self.text.count(b"[") + self.text.count(b"{") > MAX_DEPTH and _is_deep(row):
+            raise InvalidRequest(f"{self.place} is nested deeper than {MAX_DEPTH} levels")
         return row
+
+
+def _is_deep(row: Fields) -> bool:
+    level: list[Any] = [row]
+    for _ in range(MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [item for items in inner for item in items]
+        if not level:
+            return False
+    return any(isinstance(v, dict | list) for v in level)
 
 
 def _finite(text: str) -> float:
@@ -137,18 +153,23 @@ def _raiser(message: str) -> RawRow:
     return raise_it
 
 
-def _read_array(file: BinaryIO) -> Iterator[RawRow]:
-    """The elements of a JSON array, cut apart by their quotes and brackets: a broken one costs only itself."""
-    block = file.read(BLOCK).removeprefix(codecs.BOM_UTF8)
-    while block.isspace():
-        block = file.read(BLOCK)
+def _read_array(file: io.BufferedIOBase) -> Iterator[RawRow]:
+    """The elements of a JSON array, cut apart by their quotes and brackets: a broken one costs only itself as long as these
+    come in pairs."""
+    # read1: where a gzip file breaks off, read would lose what comes before
+    block = file.read1(BLOCK)
+    while len(block) < len(codecs.BOM_UTF8) and (piece := file.read1(BLOCK)):
+        block += piece
+    block = block.removeprefix(codecs.BOM_UTF8)
+    while not block.strip() and (block := file.read1(BLOCK)):
+        pass
     block = block.lstrip()
     if block[:1] != b"[":  # JSON lines under another name
         yield from _read_lines(io.BufferedReader(_Joined(block, file)))
         return
     number, cut = 0, _ArrayCutter()
     block = block[1:]
-    while not cut.closed and (block := block or file.read(BLOCK)):
+    while not cut.closed and (block := block or file.read1(BLOCK)):
         for element in cut.feed(block):
             yield _element(element, number)
             number += 1
@@ -158,6 +179,11 @@ def _read_array(file: BinaryIO) -> Iterator[RawRow]:
         yield _element(rest, number) if cut.closed else _raiser(f"element {number} is cut off: the array has no end")
     elif not cut.closed:
         yield _raiser(f"the array has no end: the file breaks off behind element {number - 1}")
+    behind = cut.behind
+    while cut.closed and not behind.strip() and (behind := file.read1(BLOCK)):
+        pass
+    if behind.strip():
+        yield _raiser(f"the array ends, and more text follows it: {behind.strip()[:40]!r}")
 
 
 def _element(text: bytes, number: int) -> RawRow:
@@ -174,6 +200,8 @@ class _ArrayCutter:
 
     def __init__(self) -> None:
         self.closed = False
+        self.behind = b""
+        """What follows the end of the array in the last piece."""
         self._kept: list[bytes] = []  # of the element under way, at most a little more than MAX_ROW_BYTES
         self._size = 0
         self._depth = 0
@@ -198,6 +226,7 @@ class _ArrayCutter:
                 if self._depth < 0:
                     self.closed = True
                     self._keep(block[start : at - 1])
+                    self.behind = block[at:]
                     return
             elif self._depth == 0:
                 self._keep(block[start : at - 1])
@@ -223,14 +252,14 @@ class _ArrayCutter:
 class _Joined(io.RawIOBase):
     """A file with the bytes already read put back in front."""
 
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+    def __init__(self, head: bytes, rest: io.BufferedIOBase) -> None:
         self._head, self._rest = head, rest
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        piece = self._head[: len(buffer)] or self._rest.read1(len(buffer))
         self._head = self._head[len(buffer) :]
         buffer[: len(piece)] = piece
         return len(piece)

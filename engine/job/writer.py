@@ -15,11 +15,11 @@ class RowWriter:
     def __init__(self, path: Path | None, size: int = 0) -> None:
         """Cuts the file at ``size``, behind its last whole line; None: standard output."""
         self._path = path
-        self._fd = 1 if path is None else os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._fd = 1 if path is None else os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         status = os.fstat(self._fd)
         self._regular = path is not None and stat.S_ISREG(status.st_mode)
         self._inode = status.st_ino
-        if self._regular:
+        if self._regular and status.st_size != size:
             os.ftruncate(self._fd, size)
         self._written: tuple[int, list[bytes]] = (
             size,

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from engine import RefineOptions, Refiner, refine
+from engine.errors import InvalidRequest
+from engine.job.source import Source
 
 MAX_NEW = 12
+DATA = Path(__file__).parents[3].parent / "shared" / "data"
+"""Real drafts, beside the checkout where there are any."""
 OUTPUT_FIELDS = {
     "id", "index", "text", "steps", "converged", "forward_tokens", "finish_reason", "seconds", "error"
 }  # fmt: skip
@@ -85,3 +89,20 @@ def expected(
         carried = {name: value for name, value in row.items() if name not in names}
         answered.append({**carried, **{name: getattr(result, name) for name in own_fields}, "error": None})
     return answered
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a file; of a bad one its message."""
+    rows: list[Any] = []
+    for raw in Source.open(str(path)).read():
+        try:
+            rows.append(raw())
+        except InvalidRequest as error:
+            rows.append(str(error))
+    return rows
+
+
+def made(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path

@@ -108,7 +108,7 @@ def test_input_and_output_must_be_given(left_out: str, capsys: pytest.CaptureFix
         ("--max-batch-size 0", "got 0"),
         ("--device nowhere", "nowhere"),
         ("--input missing.jsonl", "missing.jsonl"),
-        ("--input .", "regular file|directory"),
+        ("--input .", "Is a directory"),
         ("--input in.parquet", "in.parquet is not a Parquet file"),
         ("--output missing/folder/out.jsonl", "missing/folder/out.jsonl"),
         ("--output .", "must be a file"),
@@ -136,7 +136,7 @@ def test_options_that_are_wrong_end_with_one_line_and_leave_no_trace(
     output, errors = capsys.readouterr()
     assert output == ""
     assert errors.startswith("engine.refine: error: ")
-    assert any(words in errors for words in says.split("|")), errors
+    assert says in errors
     assert errors.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.parquet"]
     assert Path("in.jsonl").read_bytes() == lines(GOOD)

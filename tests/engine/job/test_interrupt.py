@@ -122,7 +122,7 @@ def test_while_the_input_is_looked_at_a_signal_is_taken_at_once(
 
 def test_ctrl_c_leaves_the_finished_rows_as_whole_lines(model: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = [{"id": f"row {i}", "prompt": "go on", "pad": "x" * 500} for i in range(100_000)]
+    rows = [{"id": f"row {i}", "prompt": "go on", "pad": "x" * 500} for i in range(30_000)]
     source.write_bytes(lines(rows))
     arguments = command(model, "--input", str(source), "--output", str(target), "--max-new-tokens", "2")
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:

@@ -2,9 +2,11 @@
 
 import fcntl
 import json
+import logging
 import os
 import pty
 import re
+import shutil
 import struct
 import sys
 import termios
@@ -171,3 +173,20 @@ def test_bar_is_gone_before_an_error_is_said(model: Path, tmp_path: Path, monkey
     assert status == 3
     said = shown.replace("\r\n", "\n").split("\n")
     assert any(line.startswith(f"engine.refine: stopped at row {len(GOOD)} ") for line in said), shown
+
+
+def test_long_drafts_bring_no_warnings_of_other_libraries(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 16}))
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        status, _ = run(folder, tmp_path, lines([{"prompt": "x", "draft": "y" * 100}, {"prompt": "z" * 3000}]))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert status == 3
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("transformers")] == []
