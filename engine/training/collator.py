@@ -46,9 +46,10 @@ class TrajectoryCollator:
 
     Several trajectories share a row as long as it has at most ``max_tokens`` tokens, first fit in the order given;
     None: one per row. Long rows suit flex_attention, which skips blocks that no query sees; with dense masks ("sdpa",
-    "eager") attention costs the square of a row's length and few trajectories per row are faster. ``eos_ids`` end a response; leave them out where the responses are cut already. ``pad_id`` fills
-    short drafts and rows; use the token with which the refiner fills guesses. Rows are padded to the longest, rounded
-    up to ``pad_to_multiple``. Raises ``InvalidTrajectory`` for one that is malformed or does not fit.
+    "eager") attention costs the square of a row's length, and few trajectories per row are faster. ``eos_ids`` end a
+    response; leave them out where the responses are cut already. ``pad_id`` fills short drafts and rows; use the token
+    with which the refiner fills guesses. Rows are padded to the longest, rounded up to ``pad_to_multiple``. Raises
+    ``InvalidTrajectory`` for one that is malformed or does not fit.
     """
 
     def __init__(
