@@ -82,12 +82,15 @@ class CausalLM:
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel, torch.compile and peft."""
+    """The model inside DistributedDataParallel and peft."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            raise UnsupportedModel(
+                "the model is wrapped by torch.compile, which would compile this step anew at every call; "
+                "compile its decoder in place instead: model.get_decoder().compile()"
+            )
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             if any(getattr(peft, "is_prompt_learning", False) for peft in model.peft_config.values()):
                 raise UnsupportedModel(

@@ -111,6 +111,10 @@ def rank(trajectory: Trajectory, eos_ids: Collection[int] = ()) -> list[list[int
     for index, response in enumerate(trajectory.responses):
         reward = 0.0 if rewards is None else rewards[index]
         check_ids(trajectory.id, f"responses[{index}]", response)
+        if reward is not None and not isinstance(reward, int | float):
+            raise InvalidTrajectory(
+                f"trajectory {trajectory.id!r}: rewards[{index}] must be a number, or None where it is missing, got {reward!r}"
+            )
         if reward is not None and not math.isnan(reward) and len(response):
             kept.append((reward, _until_eos(response, eos_ids)))
     if not kept or not len(trajectory.prompt_ids):

@@ -51,14 +51,16 @@ def train_step(
     ``model`` is a causal LM of transformers, plain or inside peft, DistributedDataParallel or fully_shard, with an
     attn_implementation of "sdpa", "eager" or "flex_attention" (on a GPU: flex_attention takes no gradient on a CPU);
     ``batch`` comes from ``TrajectoryCollator`` and lies on the model's device. The result equals that of separate
-    forward passes of [x | y(T)] and every [x | y(t)]; with dropout, which draws anew per token, it does so in distribution.
+    forward passes of [x | y(T)] and every [x | y(t)]; with dropout, these share what the prompt's tokens drew.
 
     The terms are means over the batch's own tokens. To accumulate gradients over micro-batches pass the sums of their
     ``label_count`` and ``pair_count`` as ``ar_denominator`` and ``consistency_denominator``: the losses and gradients then
-    add up to those of the whole batch. The other options are those of ``consistency_loss``.
+    add up to those of the whole batch. Wrappers that average gradients over processes want these sums over all of them,
+    divided by their number. The other options are those of ``consistency_loss``.
 
     Precision is the model's own, or that of a ``torch.autocast`` around this call; the loss is in float32. The model's
-    own forward does not run, so that autocast which accelerate wraps around it must be entered here (its ``autocast()``).
+    own forward does not run, so that autocast which accelerate wraps around it must be entered here (its ``autocast()``)
+    and losses it would add are not there. To compile, compile the decoder in place: ``model.get_decoder().compile()``.
 
     Raises ``UnsupportedModel`` where the model needs more than hidden states and a linear head, ValueError for a batch on
     another device or a wrong option; ``verify_model`` compares an unknown model's logits with its own forward.

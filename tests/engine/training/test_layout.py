@@ -115,6 +115,7 @@ def test_responses_end_at_their_first_eos_and_empty_ones_are_left_out() -> None:
     ("changes", "message"),
     [
         ({"rewards": [1.0]}, "'a' has 4 responses and 1 rewards"),
+        ({"rewards": [1, 2, "3", 4]}, r"rewards\[2\] must be a number, or None where it is missing, got '3'"),
         ({"responses": []}, "0 responses with tokens and a reward"),
         ({"rewards": [None] * 4}, "0 responses with tokens and a reward"),
         ({"prompt_ids": []}, "a prompt of 0 tokens"),

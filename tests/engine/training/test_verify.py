@@ -72,6 +72,8 @@ def test_models_that_cannot_be_trained(family: Family) -> None:
     )
     with pytest.raises(UnsupportedModel, match="adds virtual tokens to the input"):
         train_step(prompted, batch)
+    with pytest.raises(UnsupportedModel, match=r"model\.get_decoder\(\)\.compile\(\)"):
+        train_step(torch.compile(family("llama"), backend="eager"), batch)  # type: ignore[arg-type]
     with_dropout = peft.LoraConfig(target_modules=["lm_head"], lora_dropout=0.1)
     with pytest.raises(UnsupportedModel, match="LoRA adapter of the head has dropout"):
         train_step(peft.get_peft_model(family("llama"), with_dropout).train(), batch)

@@ -174,6 +174,16 @@ def test_autocast(family: Family) -> None:
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters())
 
 
+def test_a_compiled_decoder(family: Family) -> None:
+    model, batch = family("gemma2"), batch_of()
+    expected = loss_of(model, batch)
+    grads = gradients(model, expected)
+    model.get_decoder().compile(backend="eager", fullgraph=True)
+    loss = loss_of(model, batch)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(gradient, grads[key]) for key, gradient in gradients(model, loss).items())
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
