@@ -111,19 +111,26 @@ class LossPass {
 
   int64_t block_rows(int64_t b) const { return std::min(p_.block, a_.v - b * p_.block); }
 
+  // Where float32 rows lie; the others must be converted.
+  const float* weight_rows(const float* w, int64_t first) const { return w + first * a_.d; }
+  const float* weight_rows(const uint16_t*, int64_t) const { return nullptr; }
+
   void pack_weight_rows(int64_t first, int64_t count, float* out, int64_t panel_rows) {
     for (int64_t i = 0; i < count; ++i)
       pack_row(static_cast<const T*>(a_.weight) + (first + i) * a_.d, a_.d, out, panel_rows, i);
   }
 
-  // Logits [rows rounded up to tiles][48] of one panel of rows of the batch.
+  // Logits [rows rounded up to tiles][48] of one panel of rows of the batch, from packed rows of the weight (RS = kStrip)
+  // or from where they lie (0).
+  template <int RS>
   void logits(int64_t panel, int64_t rows, const float* w, int64_t panel_rows, float* z) {
     const float* h = p_.h_by_row + panel * a_.d * kStrip;
     for (int64_t q = 0; q < p_.strips; q += kDepth) {
       const int64_t k = std::min(a_.d - q * kStrip, kDepth * kStrip);
-      loss_product<kStrip, 1>(ceil_div(rows, kTileRows) * kTileRows, p_.width(panel), k,
-                              Broadcast{w + q * panel_rows * kStrip, kStrip, panel_rows * kStrip}, h + q * kStrip * kStrip, z,
-                              kStrip, q > 0);
+      const Broadcast at = RS ? Broadcast{w + q * panel_rows * kStrip, kStrip, panel_rows * kStrip}
+                              : Broadcast{w + q * kStrip, k, 0, a_.d};
+      loss_product<RS, 1>(ceil_div(rows, kTileRows) * kTileRows, p_.width(panel), k, at, h + q * kStrip * kStrip, z, kStrip,
+                          q > 0);
     }
   }
 
@@ -143,10 +150,13 @@ class LossPass {
       return;
     }
     float* w = p_.w + rank * p_.strips * kSub * kStrip;
-    pack_weight_rows(first, rows, w, kSub);
+    const float* plain = weight_rows(static_cast<const T*>(a_.weight), first);
+    const int64_t direct = plain ? rows / kTileRows * kTileRows : 0;  // a whole tile would read behind the last row
+    pack_weight_rows(first + direct, rows - direct, w, kSub);
     for (int64_t panel = 0; panel < p_.panels; ++panel) {
       float* z = panel < p_.stored ? kept(b, panel) + start * kStrip : p_.fresh + rank * kSub * kStrip;
-      logits(panel, rows, w, kSub, z);
+      if (direct) logits<0>(panel, direct, plain, 0, z);
+      if (direct < rows) logits<kStrip>(panel, rows - direct, w, kSub, z + direct * kStrip);
       for (int64_t lane = 0; lane < p_.width(panel); lane += 16) {
         const int64_t at = cell(b, sub, panel) + lane;
         loss_statistics(z + lane, rows, a_.bias ? a_.bias + first : nullptr, a_.softcap, 1 / a_.temperature, first,
@@ -198,7 +208,7 @@ class LossPass {
     if (again || (gradients_ && (a_.grad_hidden_target || a_.grad_hidden_draft))) pack_weight_rows(first, rows, w, p_.block);
     for (int64_t panel = p_.stored; panel < p_.panels; ++panel) {
       float* z = second_pass_logits(b, panel) + start * kStrip;
-      logits(panel, rows, w, p_.block, z);
+      logits<kStrip>(panel, rows, w, p_.block, z);
       if (a_.bias || a_.softcap > 0) cap_logits(z, rows, p_.width(panel), a_.bias ? a_.bias + first : nullptr);
     }
     for (int64_t lane = p_.target_lanes; lane < p_.lanes; lane += 16) draft_lanes(b, start, rows, lane, cell(b, sub, 0));

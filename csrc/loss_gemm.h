@@ -5,10 +5,12 @@ constexpr int64_t kStrip = 48;                 // columns of a panel: three vect
 constexpr int kTileRows = W == 16 ? 8 : 4;     // 24 (12) accumulators, 3 vectors, 1 broadcast: within 32 (16) registers
 constexpr int kTileVecs = 3;
 
-// c[r, 0:NV*W] (+)= sum over groups g and k of a[g * group_stride + r * RS + k * KS] * b[k, 0:NV*W], b's rows one after the other
+// c[r, 0:NV*W] (+)= sum over groups g and k of a[g * group_stride + r * RS + k * KS] * b[k, 0:NV*W], b's rows one after the other;
+// RS 0: a's rows are row_stride apart
 template <int NV, int RS, int KS>
-static inline void loss_tile(int64_t k_len, int64_t group_len, int64_t group_stride, const float* a, const float* b, float* c,
-                             int64_t ldc, bool accumulate) {
+static inline void loss_tile(int64_t k_len, int64_t group_len, int64_t group_stride, int64_t row_stride, const float* a,
+                             const float* b, float* c, int64_t ldc, bool accumulate) {
+  const int64_t rs = RS > 0 ? RS : row_stride;
   Vec acc[kTileRows][NV] = {};
   for (; k_len > 0; k_len -= group_len, a += group_stride) {
     const int64_t len = std::min(k_len, group_len);
@@ -20,7 +22,7 @@ static inline void loss_tile(int64_t k_len, int64_t group_len, int64_t group_str
       for (int v = 0; v < NV; ++v) bv[v] = load(b + v * W);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
-        const Vec av = splat(a[r * RS + k * KS]);
+        const Vec av = splat(a[r * rs + k * KS]);
 #pragma GCC unroll 3
         for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
       }
@@ -40,6 +42,7 @@ static inline void loss_tile(int64_t k_len, int64_t group_len, int64_t group_str
 struct Broadcast {
   const float* data;
   int64_t group_len, group_stride;  // of k; group_len >= k_len: one group
+  int64_t row_stride = 0;           // with RS 0
 };
 
 // c[0:rows, 0:width] (+)= a b, rows a multiple of kTileRows, width of 16
@@ -49,11 +52,11 @@ static void loss_product(int64_t rows, int64_t width, int64_t k_len, Broadcast a
   for (int64_t col = 0; col < width; col += kTileVecs * W) {
     const int vecs = (int)std::min<int64_t>(kTileVecs, (width - col) / W);
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      const float* at = a.data + r * RS;
+      const float* at = a.data + r * (RS > 0 ? RS : a.row_stride);
       float* out = c + r * ldc + col;
-      if (vecs == 3) loss_tile<3, RS, KS>(k_len, a.group_len, a.group_stride, at, b + col, out, ldc, accumulate);
-      else if (vecs == 2) loss_tile<2, RS, KS>(k_len, a.group_len, a.group_stride, at, b + col, out, ldc, accumulate);
-      else loss_tile<1, RS, KS>(k_len, a.group_len, a.group_stride, at, b + col, out, ldc, accumulate);
+      if (vecs == 3) loss_tile<3, RS, KS>(k_len, a.group_len, a.group_stride, a.row_stride, at, b + col, out, ldc, accumulate);
+      else if (vecs == 2) loss_tile<2, RS, KS>(k_len, a.group_len, a.group_stride, a.row_stride, at, b + col, out, ldc, accumulate);
+      else loss_tile<1, RS, KS>(k_len, a.group_len, a.group_stride, a.row_stride, at, b + col, out, ldc, accumulate);
     }
   }
 }

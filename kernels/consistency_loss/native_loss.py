@@ -14,11 +14,12 @@ from torch import Tensor
 from engine.kernels.consistency_loss.problem import LossStats, Needs, Outcome, Problem
 from engine.kernels.native import Native, address, native, new_output
 
+Argument = Tensor | float | int | None
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 PANEL = 48  # rows whose logits lie side by side; kStrip in csrc/loss_gemm.h
-KEPT_BYTES = (
-    1.15  # of logits for each row and entry of the vocabulary: a tenth of what eager PyTorch holds beyond gradients
-)
+KEPT_BYTES = 1.15  # for each row and entry of the vocabulary: logits of a group of rows
+WORK_BYTES = 1.6  # everything, where all rows make one group; eager PyTorch holds 12 to 13 beyond the gradients
+ALL_PANELS = 1 << 40
 FEW_ROWS = 2 * PANEL  # are not divided further
 
 
@@ -39,15 +40,24 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     assert library is not None
     groups = _groups(p, needs)
     results = _Results.allocate(p, needs, covered=sum(map(len, (g for t, d, _ in groups for g in (t, d)))))
-    panels = _kept_rows(p) // PANEL if _one_group(p, needs) else 1 << 40
     calls = []
     for number, (targets, drafts, teachers) in enumerate(groups):
         chosen = (targets, drafts, teachers, p.labels[targets], p.ce_scale[targets], p.kl_scale[drafts])
+        panels = ALL_PANELS
+        if _one_group(p, needs):
+            without = results.arguments(p, chosen, 0, accumulate=False, threads=library.threads)
+            panels = _panels_to_keep(p, _run(library, without, None))
         calls.append(results.arguments(p, chosen, panels, accumulate=number > 0, threads=library.threads))
     workspace = torch.empty(max((_run(library, call, None) for call in calls), default=0), dtype=torch.uint8)
     for call in calls:
         _run(library, call, workspace)
     return results.outcome(p)
+
+
+def _panels_to_keep(p: Problem, bytes_without: int) -> int:
+    """Panels of logits kept between the passes: as many as memory has room for."""
+    room = WORK_BYTES * (len(p.labels) + len(p.pair_index)) * len(p.weight) - bytes_without
+    return max(FEW_ROWS // PANEL, int(room) // (4 * PANEL * len(p.weight)))
 
 
 def _one_group(p: Problem, needs: Needs) -> bool:
@@ -123,7 +133,7 @@ class _Results:
 
     def arguments(
         self, p: Problem, rows: tuple[Tensor, ...], panels: int, *, accumulate: bool, threads: int
-    ) -> list[Tensor | float | int | None]:
+    ) -> list[Argument]:
         """In the order of LossArgs in csrc/kernels.h."""
         stats = self.stats
         bias = None if p.bias is None else p.bias.float()
@@ -145,7 +155,7 @@ class _Results:
         )
 
 
-def _run(library: Native, arguments: list[Tensor | float | int | None], workspace: Tensor | None) -> int:
+def _run(library: Native, arguments: list[Argument], workspace: Tensor | None) -> int:
     """Calls the kernel; without a workspace it only says how many bytes it must have."""
     values = [address(a) if a is None or isinstance(a, Tensor) else a for a in arguments]
     size: int = library.module.consistency_loss(library.table, *values, address(workspace))
