@@ -150,14 +150,15 @@ def run_stage(stage: str, rows: int, folder: Path, results: "multiprocessing.Que
     with target.open("rb") as file:
         written = sum(1 for _ in file)
     assert (status, written) == (0, rows), errors.getvalue()
-    before = time.monotonic()
+    again, cpu_again = time.monotonic(), time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         assert refine.main(arguments) == 0
     out |= {
         "seconds": seconds,
         "microseconds_per_row": seconds / rows * 1e6,
         "cpu_microseconds_per_row": cpu / rows * 1e6,
-        "microseconds_per_finished_row": (time.monotonic() - before) / rows * 1e6,
+        "microseconds_per_finished_row": (time.monotonic() - again) / rows * 1e6,
+        "cpu_microseconds_per_finished_row": (time.process_time() - cpu_again) / rows * 1e6,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "slope_kib_per_100k_rows": slope(samples) * 1024 * seconds / rows * 1e5,
         "samples": [(round(t, 2), round(mib, 2)) for t, mib in samples[:: max(1, len(samples) // 400)]],
