@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 from bench.measure import RESULTS, machine, save
-from engine import Refiner, RefineOptions, refine
+from engine import RefineOptions, Refiner, refine
 from engine.request import Request, Result
 
 SAMPLE_SECONDS = 0.25
@@ -79,7 +79,12 @@ def write_text_rows(path: Path, rows: int) -> None:
     """Rows of text, of about 350 bytes."""
     with path.open("w") as file:
         for i in range(rows):
-            row = {"id": f"row-{i}", "prompt": f"Question {i}? " * 4, "draft": ANSWER, "source": {"file": "a", "line": i}}
+            row = {
+                "id": f"row-{i}",
+                "prompt": f"Question {i}? " * 4,
+                "draft": ANSWER,
+                "source": {"file": "a", "line": i},
+            }
             file.write(json.dumps(row) + "\n")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from engine import Refiner, RefineOptions, refine
+from engine import RefineOptions, Refiner, refine
 from engine.errors import InvalidRequest, RequestTooLong
 from engine.job import writer
 from engine.request import Request, Result

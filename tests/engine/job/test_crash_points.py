@@ -109,7 +109,9 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     scenario: Scenario = request.param
     base = tmp_path_factory.mktemp(scenario.name)
     place = Workplace(base / "before", scenario.output)
-    place.input.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else str(row) for row in scenario.chosen) + "\n")
+    place.input.write_text(
+        "\n".join(json.dumps(row) if isinstance(row, dict) else str(row) for row in scenario.chosen) + "\n"
+    )
     for options in scenario.before:
         scenario.run(place, options)
         assert indices(place.result) == list(range(len(scenario.chosen))) or "--unordered" in options

@@ -18,6 +18,22 @@ from tests.engine.job.stub import StubSession, Workplace, finish, indices, start
 
 ROWS: list[dict[str, Any]] = [{"id": f"id {i}", "prompt": f"row {i}", "draft": "d" * (i * 7 % 11)} for i in range(30)]
 
+FOREIGN = [
+    b"hello\n",
+    b'{"id": 1, "text": "of another program"}\n',
+    b"\x00\xff",
+    b"[1, 2]",
+    b'{"index": 0, "error": null}\n',
+]
+DAMAGED = [
+    b"garbage\n",
+    b'{"id": "id 5", "index": 5\n',
+    b"\n",
+    b"\xff\xfe\n",
+    b'{"index": -1, "error": null}\n',
+    b'{"index": true, "error": null}\n',
+]
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
@@ -163,9 +179,7 @@ def test_changed_options(
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.json"])
-def test_changed_model_and_input(
-    tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_model_and_input(tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]) -> None:
     place = Workplace(tmp_path / "place", output)
     write(place, ROWS)
     assert place.main() == 0
@@ -212,9 +226,7 @@ def test_other_rows_from_the_pipe(tmp_path: Path, output: str, complete: bool) -
     assert indices(place.result) == list(range(len(ROWS)))
 
 
-@pytest.mark.parametrize(
-    "content", [b"hello\n", b'{"id": 1, "text": "of another program"}\n', b"\x00\xff", b"[1, 2]", b'{"index": 0, "error": null}\n']
-)  # fmt: skip
+@pytest.mark.parametrize("content", FOREIGN)
 @pytest.mark.parametrize("output", ["out.jsonl", "out.json"])
 def test_foreign_file_as_output(
     tmp_path: Path, content: bytes, output: str, capsys: pytest.CaptureFixture[str]
@@ -231,10 +243,8 @@ def test_foreign_file_as_output(
     assert indices(place.result) == list(range(len(ROWS)))
 
 
-@pytest.mark.parametrize("damage", [b"garbage\n", b'{"id": "id 5", "index": 5\n', b"\n", b"\xff\xfe\n", b'{"index": -1, "error": null}\n', b'{"index": true, "error": null}\n'])  # fmt: skip
-def test_damaged_line_in_the_middle(
-    place: Workplace, damage: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_line_in_the_middle(place: Workplace, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     half_done(place)
     lines = place.output.read_bytes().splitlines(True)
     lines[5] = damage
