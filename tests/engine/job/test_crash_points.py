@@ -11,6 +11,8 @@ import pytest
 from tests.engine.job.crash import CrashPoint, How, Killed
 from tests.engine.job.stub import Workplace, indices
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 ROWS: list[object] = [
     {"id": "first", "prompt": "row 0", "draft": "a draft", "kept": [1, {"x": None}]},
     {"prompt": "row 1, unanswerable"},

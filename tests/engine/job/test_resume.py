@@ -10,6 +10,8 @@ import pytest
 
 from tests.engine.job.stub import Workplace, indices
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 ROWS = [
     {"id": f"id {i}", "prompt": f"row {i}", "draft": "d" * (i * 7 % 11), "note": {"ä": [i, None]}} for i in range(12)
 ]

@@ -18,6 +18,8 @@ from engine import refine
 from tests.engine.job.crash import CrashPoint
 from tests.engine.job.stub import DEADLINE, Workplace, finish, indices, start, wait
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 REAL_ROWS = 800
 ROWS: list[dict[str, Any]] = [{"id": f"id {i}", "prompt": f"row {i}", "draft": "d" * (i * 7 % 11)} for i in range(11)]
 
