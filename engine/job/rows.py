@@ -125,9 +125,12 @@ class Row:
             row["choices"] = [{**c, "turns": [next(texts) for _ in c["turns"]]} for c in row["choices"]]
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def _encode(row: Fields) -> bytes:
     try:
-        return f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n".encode()
+        return f"{_ENCODER.encode(row)}\n".encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON has only as an escape
         return f"{json.dumps(row, allow_nan=False)}\n".encode()
 
