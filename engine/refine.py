@@ -165,6 +165,8 @@ def build_job(args: argparse.Namespace, shard: Shard | None) -> "tuple[Job, Call
     output = None if args.output == "-" else Path(args.output)
     if output is not None:
         _check_output(output, args.input)
+        if shard and output.exists() and not output.is_file():
+            raise ValueError(f"the output {output} of a --data-parallel job must be a regular file")
     if args.metrics_file is not None:
         _check_metrics(args.metrics_file, [Path(args.input), *([output, record_path(output)] if output else [])])
     names = [field.name for field in dataclasses.fields(RefineOptions) if field.name != "concurrency"]

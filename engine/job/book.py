@@ -107,7 +107,8 @@ class Book:
     ) -> None:
         """Without ``files`` rows go to ``stream`` or standard output; ``fresh``: what is in the files is to be dropped."""
         self.resources = ExitStack()
-        self.done = Done()
+        # a file is known to be the same by its digest, a pipe only row by row
+        self.done = Done(identities=settings["input"]["digest"] is None)
         """Rows that need not be computed."""
         self.errors = 0
         """Error rows among them."""
@@ -117,7 +118,7 @@ class Book:
         self._stream = stream
         self._size = 0
         self._last = -1  # index of the last row written
-        there = Done()
+        there = Done(identities=False)
         self._kept: Iterator[Finished] = iter(())
         if files and not fresh:
             for row in _read(files.work):

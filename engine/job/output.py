@@ -176,10 +176,14 @@ class Finished:
     index: int
     line: bytes
     failed: bool
-    identity: int
-    """Checksum of its id and carried fields; 0 for an error row, which may have lost them."""
+    fields: dict[str, Any]
     end: int
     """Where the line ends in the file."""
+
+    @property
+    def identity(self) -> int:
+        """Checksum of its id and carried fields; 0 for an error row, which may have lost them."""
+        return 0 if self.failed else identity(self.fields)
 
 
 def identity(row: dict[str, Any]) -> int:
@@ -210,14 +214,14 @@ def read_finished(path: Path) -> Iterator[Finished]:
                     f"{path}, line {number}, is not a row of this job's output: move the file away or use --overwrite"
                 )
                 continue
-            yield Finished(index, text.removesuffix(b",") + b"\n", failed, 0 if failed else identity(row), end)
+            yield Finished(index, text.removesuffix(b",") + b"\n", failed, row, end)
 
 
 class Done:
-    """Which rows are finished, by index; four bytes a row."""
+    """Which rows are finished, by index; a byte a row, five with ``identities``."""
 
-    def __init__(self) -> None:
-        self._identities = array("I")
+    def __init__(self, identities: bool) -> None:
+        self._identities = array("I") if identities else None
         self._known = bytearray()
         self.count = 0
 
@@ -225,10 +229,11 @@ class Done:
         missing = row.index + 1 - len(self._known)
         if missing > 0:
             self._known.extend(bytes(missing))
-            self._identities.extend([0] * missing)
         self.count += not self._known[row.index]
         self._known[row.index] = 1
-        self._identities[row.index] = row.identity
+        if self._identities is not None:
+            self._identities.extend([0] * (len(self._known) - len(self._identities)))
+            self._identities[row.index] = row.identity
 
     @property
     def last(self) -> int:
@@ -239,4 +244,4 @@ class Done:
         return index < len(self._known) and bool(self._known[index])
 
     def identity(self, index: int) -> int:
-        return self._identities[index]
+        return self._identities[index] if self._identities is not None else 0

@@ -90,8 +90,7 @@ class Row:
 
     def _output(self, token_ids: bool) -> Fields:
         row = {name: value for name, value in self.carried.items() if name not in OWN_FIELDS}
-        if not self.error:
-            self._reshape(row)
+        self._reshape(row)
         done = self.results
         last = None if self.error else done[-1]
         row["id"], row["index"] = self.id, self.index
@@ -112,20 +111,26 @@ class Row:
         return row
 
     def _reshape(self, row: Fields) -> None:
-        """Puts the refined answers where the format of the input has its answers."""
+        """Puts the refined answers where the format of the input has its answers; an error row has none, lest its drafts be
+        taken for them."""
         name = {"alpaca-eval": "generator", "fastchat": "model_id"}.get(self.shape)
         if name and isinstance(row.get(name), str):
             row[name] += REFINED
         if self.shape == "alpaca-eval":
-            row["output"] = self.results[0].text
+            row["output"] = None if self.error else self.results[0].text
+        elif self.shape == "fastchat" and self.error:
+            row.pop("choices", None)
         elif self.shape == "fastchat":
             texts = iter([result.text for result in self.results])
             row["choices"] = [{**c, "turns": [next(texts) for _ in c["turns"]]} for c in row["choices"]]
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def _encode(row: Fields) -> bytes:
     try:
-        return f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n".encode()
+        return f"{_ENCODER.encode(row)}\n".encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON has only as an escape
         return f"{json.dumps(row, allow_nan=False)}\n".encode()
 

@@ -82,7 +82,7 @@ class Job:
         merges = assembly.merges(self.settings, self.overwrite)
         merged = None if merges is None else self.output
         if merged:
-            done, errors = Done(), 0
+            done, errors = Done(identities=self.source.digest is None), 0
             for row in read_finished(merged):
                 done.add(row)
                 errors += row.failed

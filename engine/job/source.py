@@ -116,7 +116,7 @@ class _Line:
 
     def __call__(self) -> Fields:
         try:
-            row = json.loads(self.text.rstrip().decode(), parse_float=_finite, parse_constant=_finite)
+            row = _DECODER.decode(self.text.rstrip().decode())
         except RecursionError:
             raise InvalidRequest(f"{self.place} is nested deeper than {MAX_DEPTH} levels") from None
         except ValueError as error:
@@ -144,6 +144,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):  # NaN, Infinity or 1e999: could not be written as JSON again
         raise ValueError(f"{text:.40} is not a finite number")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _raiser(message: str) -> RawRow:

@@ -1,5 +1,6 @@
 """Fixtures of the batch job's tests: a tiny checkpoint with a tokenizer, and a refiner on it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +56,9 @@ def refiner(model: Path) -> Iterator[Refiner]:
     with Refiner.from_pretrained(model) as made:
         yield made
         made.check_integrity()
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends in these tests is a process, not the machine; waiting for the disk is most of their time."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)

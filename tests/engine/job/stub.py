@@ -1,5 +1,6 @@
 """A refiner that answers at once and writes down what it was asked, and children that run the command with it."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from engine import Refiner, RefineOptions, refine
+from engine import RefineOptions, Refiner, refine
 from engine.errors import InvalidRequest, RequestTooLong
 from engine.job import writer
 from engine.request import Request, Result
@@ -198,3 +199,17 @@ class Workplace:
 def indices(output: bytes) -> Sequence[int]:
     """The rows of an output, by their index."""
     return [int(found) for found in re.findall(rb'"index": (\d+)', output)]
+
+
+def write(place: Workplace, rows: list[dict[str, Any]]) -> None:
+    place.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def half_done(place: Workplace) -> bytes:
+    """Leaves the output of a run that was killed in the middle; its bytes."""
+    assert place.main() == 0
+    whole = place.output.read_bytes()
+    record = place.folder / "out.jsonl.job"
+    record.write_bytes(record.read_bytes().partition(b"\n")[0] + b"\n")
+    place.output.write_bytes(whole[: whole.index(b'"index": 17') + 20])
+    return place.output.read_bytes()

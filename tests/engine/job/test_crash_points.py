@@ -11,6 +11,8 @@ import pytest
 from tests.engine.job.crash import CrashPoint, How, Killed
 from tests.engine.job.stub import Workplace, indices
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 ROWS: list[object] = [
     {"id": "first", "prompt": "row 0", "draft": "a draft", "kept": [1, {"x": None}]},
     {"prompt": "row 1, unanswerable"},
@@ -109,7 +111,9 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     scenario: Scenario = request.param
     base = tmp_path_factory.mktemp(scenario.name)
     place = Workplace(base / "before", scenario.output)
-    place.input.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else str(row) for row in scenario.chosen) + "\n")
+    place.input.write_text(
+        "\n".join(json.dumps(row) if isinstance(row, dict) else str(row) for row in scenario.chosen) + "\n"
+    )
     for options in scenario.before:
         scenario.run(place, options)
         assert indices(place.result) == list(range(len(scenario.chosen))) or "--unordered" in options

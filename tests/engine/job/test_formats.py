@@ -135,11 +135,11 @@ class TestAlpacaEval:
         assert [row["output"] for row in second] == [row["output"] for row in first]
         assert {row["generator"] for row in second} == {"model x+refined+refined"}
 
-    def test_row_with_an_error_keeps_the_draft_and_its_generator(self, model: Path, tmp_path: Path) -> None:
+    def test_row_with_an_error_has_no_answer_that_a_judge_could_take_for_one(self, model: Path, tmp_path: Path) -> None:
         bad = {"instruction": "x" * 3000, "output": "draft", "generator": "model x"}
         status, rows = run(model, tmp_path, lines([bad]))
         assert status == 3
-        assert {name: rows[0][name] for name in bad} == bad
+        assert {name: rows[0][name] for name in bad} == {**bad, "output": None, "generator": "model x+refined"}
         assert rows[0]["error"]["type"] == "RequestTooLong"
 
     @pytest.mark.parametrize(
@@ -232,7 +232,8 @@ class TestFastChat:
         assert (status, rows[0]["error"]) == (3, None)
         assert rows[1]["error"]["type"] == "InvalidRequest"
         assert says in rows[1]["error"]["message"]
-        assert rows[1]["model_id"] == "m"
+        assert rows[1]["model_id"] == "m+refined"
+        assert "choices" not in rows[1]  # the drafts, which a judge could take for answers
 
     def test_without_its_questions(self, model: Path, tmp_path: Path) -> None:
         status, rows = run(model, tmp_path, lines([*self.ANSWERS]))

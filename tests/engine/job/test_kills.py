@@ -1,5 +1,6 @@
 """SIGKILL at random moments of real runs, then the same command again, until it ends: the file of an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
@@ -100,6 +101,25 @@ class Runner:
         return b"".join(sorted(result.splitlines(True))) if "--unordered" in self.mode.options else result
 
 
+def written(place: Workplace) -> int:
+    """Bytes of the output and of all that lies beside it."""
+    size = 0
+    for path in place.folder.glob("out*"):
+        with contextlib.suppress(FileNotFoundError):  # it may just be removed
+            size += path.stat().st_size
+    return size
+
+
+def wait_until_written(child: int, place: Workplace, size: int) -> int | None:
+    """Exit status of a child; None once it has written that many bytes more."""
+    least = written(place) + size
+    while written(place) < least:
+        status = wait(child, 0)
+        if status is not None:
+            return status
+    return None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_killed_at_random_moments(mode: Mode, model: Path, tmp_path: Path) -> None:
@@ -120,7 +140,12 @@ def test_killed_at_random_moments(mode: Mode, model: Path, tmp_path: Path) -> No
         if ended:  # before all kills were due: from the beginning
             disturbed.prepare()
         child = disturbed.start()
-        status = wait(child, dice.uniform(0.1, 0.9) * whole) if kills < KILLS else finish(child)
+        if kills == KILLS:
+            status: int | None = finish(child)
+        elif kills % 2:
+            status = wait(child, dice.uniform(0.1, 0.9) * whole)
+        else:  # by its progress, so that also on a busy machine the kills meet it at work
+            status = wait_until_written(child, disturbed.place, dice.randint(1, 2500))
         if status is None:
             os.kill(child, signal.SIGKILL)
             status = finish(child)
@@ -130,7 +155,7 @@ def test_killed_at_random_moments(mode: Mode, model: Path, tmp_path: Path) -> No
             assert disturbed.compared() == reference.compared()
         else:
             kills += 1
-            seen.add(sum(path.stat().st_size for path in disturbed.place.folder.glob("out*")))
+            seen.add(written(disturbed.place))
     assert disturbed.place.files() == reference.place.files()
     assert "Traceback" not in disturbed.place.said
     assert len(seen) > 2, f"the kills met too few states: {seen}"

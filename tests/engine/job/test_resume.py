@@ -10,7 +10,11 @@ import pytest
 
 from tests.engine.job.stub import Workplace, indices
 
-ROWS = [{"id": f"id {i}", "prompt": f"row {i}", "draft": "d" * (i * 7 % 11), "note": {"ä": [i, None]}} for i in range(12)]
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
+ROWS = [
+    {"id": f"id {i}", "prompt": f"row {i}", "draft": "d" * (i * 7 % 11), "note": {"ä": [i, None]}} for i in range(12)
+]
 
 
 def fill(place: Workplace, rows: list[dict[str, object]] | None = None) -> Workplace:

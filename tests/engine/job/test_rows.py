@@ -86,7 +86,7 @@ def test_error_rows_of_every_shape_keep_id_and_other_fields(model: Path, tmp_pat
     _, rows = run(model, tmp_path, lines([{**bad, "id": "mine", "kept": {"a": [1]}}]))
     assert (rows[0]["id"], rows[0]["kept"], rows[0]["error"]["type"]) == ("mine", {"a": [1]}, "InvalidRequest")
     for name in ("generator", "model_id"):
-        assert rows[0].get(name) == bad.get(name)  # nothing was refined
+        assert rows[0].get(name) == (f"{bad[name]}+refined" if name in bad else None)
 
 
 def test_carried_fields_come_back_as_they_were(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from engine import refine
 from tests.engine.job.crash import CrashPoint
 from tests.engine.job.stub import DEADLINE, Workplace, finish, indices, start, wait
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 REAL_ROWS = 800
 ROWS: list[dict[str, Any]] = [{"id": f"id {i}", "prompt": f"row {i}", "draft": "d" * (i * 7 % 11)} for i in range(11)]
 
@@ -43,7 +45,9 @@ def write(place: Workplace, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
-def test_parts_are_merged_in_order_by_whoever_ends_last(place: Workplace, result: bytes, order: tuple[int, ...]) -> None:
+def test_parts_are_merged_in_order_by_whoever_ends_last(
+    place: Workplace, result: bytes, order: tuple[int, ...]
+) -> None:
     for rank in order[:-1]:
         assert place.main(rank=(rank, 3)) == 0
         assert not place.output.exists()
@@ -138,7 +142,7 @@ def test_parts_left_by_an_earlier_merge_do_not_stand_for_a_retry(tmp_path: Path)
     for path, content in left.items():
         path.write_bytes(content)  # as if the merge had been killed before it removed them
     assert place.main(*large, rank=(1, 2)) == 0
-    assert not b'"error": null' in place.output.read_bytes(), "nothing may be merged without rank 0's retry"
+    assert b'"error": null' not in place.output.read_bytes(), "nothing may be merged without rank 0's retry"
     assert place.main(*large, rank=(0, 2)) == 0
     assert place.output.read_bytes().count(b'"error": null') == 4
     assert place.files() == ["out.jsonl", "out.jsonl.job"]
@@ -165,8 +169,8 @@ def test_a_part_of_other_options(place: Workplace, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "environment", [{}, {"RANK": "0"}, {"RANK": "a", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}]
-)  # fmt: skip
+    "environment", [{}, {"RANK": "0"}, *({"RANK": rank, "WORLD_SIZE": "2"} for rank in ("a", "2", "-1"))]
+)
 def test_without_torchrun(
     place: Workplace, environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
