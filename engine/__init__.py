@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RequestTooLong,
         UnsupportedModel,
     )
+    from engine.kernels import ConsistencyLoss, ConsistencyLossOutput, consistency_loss
     from engine.options import DEFAULT_CONDITION, RefineOptions
     from engine.refiner import Refiner
     from engine.request import Request, Result
@@ -27,6 +28,8 @@ logging.getLogger("engine").addHandler(logging.NullHandler())
 
 __all__ = [
     "DEFAULT_CONDITION",
+    "ConsistencyLoss",
+    "ConsistencyLossOutput",
     "EngineDead",
     "EngineError",
     "InvalidRequest",
@@ -39,9 +42,13 @@ __all__ = [
     "Result",
     "Session",
     "UnsupportedModel",
+    "consistency_loss",
 ]
 
 _HOMES = {
+    "ConsistencyLoss": "kernels",
+    "ConsistencyLossOutput": "kernels",
+    "consistency_loss": "kernels",
     "DEFAULT_CONDITION": "options",
     "RefineOptions": "options",
     "Refiner": "refiner",
