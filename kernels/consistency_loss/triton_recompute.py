@@ -25,6 +25,7 @@ PROGRAMS = 2048
 MAX_SPLITS = 64
 BLOCK_BYTES = 1 << 28
 """Of the second pass's buffers."""
+PARTS = tl.constexpr(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,26 +151,42 @@ def tile_of(
 
 @triton.jit
 def projected(
-    hidden: tl.tensor, weight: tl.tensor, bias: tl.tensor, rows: tl.tensor, columns: tl.tensor, d: tl.tensor,
-    cap: tl.tensor, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Soft-capped float32 logits of existing rows and columns, and the soft-cap's derivative."""
+    hidden: tl.tensor, weight: tl.tensor, rows: tl.tensor, columns: tl.tensor, d: tl.tensor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The product [ROWS, COLUMNS] of existing rows and columns in float32."""
     k = tl.arange(0, DEPTH)
     x_at = hidden + rows.to(tl.int64)[:, None] * d + k[None, :]
     w_at = weight + columns.to(tl.int64)[None, :] * d + k[:, None]
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, d, DEPTH):
         if EVEN:
-            x, w = tl.load(x_at), tl.load(w_at)
+            x, w = tl.load(x_at + start), tl.load(w_at + start)
         else:
-            x = tl.load(x_at, mask=k[None, :] < d - start, other=0.0)
-            w = tl.load(w_at, mask=k[:, None] < d - start, other=0.0)
+            x = tl.load(x_at + start, mask=k[None, :] < d - start, other=0.0)
+            w = tl.load(w_at + start, mask=k[:, None] < d - start, other=0.0)
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         z = tl.dot(x, w, z, input_precision="ieee")
-        x_at += DEPTH
-        w_at += DEPTH
+    return z
+
+
+@triton.jit
+def half_of(tile: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
+    """Left or right columns."""
+    return tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1).split()[HALF]
+
+
+@triton.jit
+def logits_of(
+    z: tl.tensor, bias: tl.tensor, columns: tl.tensor, cap: tl.tensor,
+    PART: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """One of PARTS parts of a product's columns: soft-capped logits and the soft-cap's derivative.
+
+    What follows a product needs several values per logit: all of a tile at once would not fit the registers.
+    """
+    z = half_of(half_of(z, PART // 2), PART % 2)
     if HAS_BIAS:
         z += tl.load(bias + columns).to(tl.float32)[None, :]
     return capped(z, cap, HAS_CAP)
@@ -192,26 +209,28 @@ def project_sums_kernel(
     l = tl.zeros((ROWS,), tl.float32)
     lt, a, best, label_logit = l, l, l, l
     for offset in range(split * width, tl.minimum(split * width + width, v), COLUMNS):
-        columns = offset + tl.arange(0, COLUMNS)
-        s, _ = projected(
-            hidden, weight, bias, tl.minimum(row, rows - 1), tl.minimum(columns, v - 1), d, cap, HAS_BIAS, HAS_CAP,
-            ROWS, COLUMNS, DEPTH, EVEN, WIDEN,
-        )  # fmt: skip
-        s = tl.where((columns < v)[None, :], s, float("-inf"))
-        highest = tl.max(s, 1)
-        top = tl.maximum(m, highest)
-        base = finite(top)
-        l, lt, a = moved(m, l, lt, a, base, inv_tau, HAS_TAU, STATS)
-        label_logit += tl.sum(tl.where(columns[None, :] == label[:, None], s, 0.0), 1)
-        e = tl.exp(s - base[:, None])
-        l += tl.sum(e, 1)
-        if HAS_TAU:
-            lt += tl.sum(tl.exp((s - base[:, None]) * inv_tau), 1)
-        if STATS:
-            a += tl.sum(tl.where(e == 0.0, 0.0, e * (s - base[:, None])), 1)
-            lowest = tl.min(tl.where(s == highest[:, None], columns.to(tl.float32)[None, :], float("inf")), 1)
-            best = tl.where(highest > m, lowest, best)
-        m = top
+        columns = tl.minimum(offset + tl.arange(0, COLUMNS), v - 1)
+        tile_z = projected(hidden, weight, tl.minimum(row, rows - 1), columns, d, ROWS, COLUMNS, DEPTH, EVEN, WIDEN)
+        for part in tl.static_range(PARTS):
+            at = offset + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS)
+            z, _ = logits_of(tile_z, bias, tl.minimum(at, v - 1), cap, part, HAS_BIAS, HAS_CAP)
+            z = tl.where((at < v)[None, :], z, float("-inf"))
+            highest = tl.max(z, 1)
+            top = tl.maximum(m, highest)
+            base = finite(top)
+            l, lt, a = moved(m, l, lt, a, base, inv_tau, HAS_TAU, STATS)
+            label_logit += tl.sum(tl.where(at[None, :] == label[:, None], z, 0.0), 1)
+            if STATS:
+                lowest = tl.min(tl.where(z == highest[:, None], at.to(tl.float32)[None, :], float("inf")), 1)
+                best = tl.where(highest > m, lowest, best)
+            z -= base[:, None]
+            e = tl.exp(z)
+            l += tl.sum(e, 1)
+            if HAS_TAU:
+                lt += tl.sum(tl.exp(z * inv_tau), 1)
+            if STATS:
+                a += tl.sum(tl.where(e == 0.0, 0.0, e * z), 1)
+            m = top
     to = partial + row.to(tl.int64) * splits + split
     store_sums(to, rows.to(tl.int64) * splits, present, m, l, lt, a, label_logit, best, HAS_TAU, STATS)
 
@@ -230,34 +249,42 @@ def project_differences_kernel(
     tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(last - first, ROWS), column_tiles, GROUP)
     row = first + tile * ROWS + tl.arange(0, ROWS)
     present, row = row < last, tl.minimum(row, last - 1)
-    columns = begin + column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (columns < end)[None, :] & present[:, None]
-    s, slope = projected(
-        hidden, weight, bias, row, tl.minimum(columns, end - 1), d, cap, HAS_BIAS, HAS_CAP, ROWS, COLUMNS, DEPTH, EVEN,
-        WIDEN,
-    )  # fmt: skip
+    columns = tl.minimum(begin + column_tile * COLUMNS + tl.arange(0, COLUMNS), end - 1)
+    z = projected(hidden, weight, row, columns, d, ROWS, COLUMNS, DEPTH, EVEN, WIDEN)
     stride = tl.cast(rows, tl.int64)
-    log_q = s - tl.load(sums + row)[:, None]
-    log_q_tau = log_q - tl.load(sums + stride + row)[:, None]
+    maximum, log_total = tl.load(sums + row), tl.load(sums + stride + row)
+    log_total_tau = log_total
     if HAS_TAU:
-        log_q_tau = log_q * inv_tau - tl.load(sums + 2 * stride + row)[:, None]
-    within = (columns - begin)[None, :]
-    if DRAFT:
-        head = tl.load(teacher + row - first)
-        log_teacher = tl.load(log_p + head[:, None] * log_p_stride + within, mask=inside, other=0.0)
-        q, p = tl.exp(log_q_tau), tl.exp(log_teacher)
-        difference = q - p
-        # see differences_kernel of the plan "dense"
-        terms = tl.where(p > 0.0, p * (log_teacher - log_q_tau), 0.0) + difference
-        to = divergence + (row - first).to(tl.int64) * column_tiles + column_tile
-        tl.store(to, tl.sum(tl.where(inside, terms, 0.0), 1), mask=present)
-    else:
-        at = log_p + row.to(tl.int64)[:, None] * log_p_stride + within
-        tl.store(at, log_q_tau, mask=inside)
-        p = tl.exp(log_q - tl.load(sums + stride + row)[:, None])
-        label = tl.load(labels + row)
-        difference = p - tl.where(columns[None, :] == label[:, None], 1.0, 0.0)
+        log_total_tau = tl.load(sums + 2 * stride + row)
     own = tl.load(scale + row)[:, None]
-    to = g + (row - quiet).to(tl.int64)[:, None] * g_stride + within
-    difference = tl.where(own == 0.0, 0.0, own * slope * difference)
-    tl.store(to, difference.to(g.dtype.element_ty), mask=inside & (row >= quiet)[:, None])
+    to = g + (row - quiet).to(tl.int64)[:, None] * g_stride
+    total = tl.zeros((ROWS,), tl.float32)
+    if DRAFT:
+        label = row
+        log_p += tl.load(teacher + row - first)[:, None] * log_p_stride
+    else:
+        label = tl.load(labels + row)
+        log_p += row.to(tl.int64)[:, None] * log_p_stride
+    for part in tl.static_range(PARTS):
+        column = column_tile * COLUMNS + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS)
+        s, slope = logits_of(z, bias, begin + tl.minimum(column, end - begin - 1), cap, part, HAS_BIAS, HAS_CAP)
+        within = column[None, :]
+        inside = (within < end - begin) & present[:, None]
+        exponent = s - maximum[:, None]
+        log_q = exponent - log_total_tau[:, None]
+        if HAS_TAU:
+            log_q = exponent * inv_tau - log_total_tau[:, None]
+        if DRAFT:
+            log_teacher = tl.load(log_p + within, mask=inside, other=0.0)
+            p = tl.exp(log_teacher)
+            difference = tl.exp(log_q) - p
+            # see differences_kernel of the plan "dense"
+            terms = tl.where(p > 0.0, p * (log_teacher - log_q), 0.0) + difference
+            total += tl.sum(tl.where(inside, terms, 0.0), 1)
+        else:
+            tl.store(log_p + within, log_q, mask=inside)
+            difference = tl.exp(exponent - log_total[:, None]) - tl.where(begin + within == label[:, None], 1.0, 0.0)
+        difference = tl.where(own == 0.0, 0.0, own * slope * difference)
+        tl.store(to + within, difference.to(g.dtype.element_ty), mask=inside & (row >= quiet)[:, None])
+    if DRAFT:
+        tl.store(divergence + (row - first).to(tl.int64) * column_tiles + column_tile, total, mask=present)
