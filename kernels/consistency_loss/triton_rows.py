@@ -84,17 +84,25 @@ def chunks(p: Problem, needs: Needs, capacity: int) -> list[Chunk]:
 def static_chunks(p: Problem, capacity: int) -> Iterator[Chunk]:
     """All rows, planned from the shapes alone: targets on their own, then drafts with a copy of their teachers."""
     m, r = p.labels.numel(), p.pair_index.numel()
-    rows = torch.arange(max(m, r), device=p.labels.device)
-    none = rows[:0]
-    for start in range(0, m, max(1, capacity)):
-        voiced = rows[start : min(m, start + max(1, capacity))]
-        end = torch.full_like(voiced, voiced.numel())
-        yield Chunk(none, none, voiced, none, end, end, none)
+    if capacity >= m + r:
+        yield _static_chunk(p, slice(0, m), slice(0, r if m else 0))
+        return
+    for start in range(0, m, capacity):
+        yield _static_chunk(p, slice(start, start + capacity), slice(0))
     half = max(1, capacity // 2)
     for start in range(0, r if m else 0, half):
-        drafts = rows[start : min(r, start + half)]
-        n = drafts.numel()
-        yield Chunk(none, p.pair_index[drafts].clamp_min(0), none, drafts, rows[:n] + n, rows[:n] + n + 1, rows[:n])
+        yield _static_chunk(p, slice(0), slice(start, start + half))
+
+
+def _static_chunk(p: Problem, targets: slice, drafts: slice) -> Chunk:
+    """A draft without a teacher is taught by row 0, to no effect: its scale is zero."""
+    pair = p.pair_index[drafts]
+    rows = torch.arange(p.labels.numel() + p.pair_index.numel(), device=pair.device)
+    voiced, own = rows[: p.labels.numel()][targets], rows[: p.pair_index.numel()][drafts]
+    teacher = rows[: own.numel()]
+    first = torch.cat([teacher, torch.full_like(voiced, own.numel())]) + own.numel() + voiced.numel()
+    taught = torch.cat([torch.ones_like(teacher), torch.zeros_like(voiced)])
+    return Chunk(rows[:0], pair.clamp_min(0), voiced, own, first, first + taught, teacher)
 
 
 def _planned(pair: Tensor, has_ce: Tensor, stats: bool, capacity: int) -> list[tuple[Tensor, ...]]:
