@@ -36,7 +36,7 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     parts = chunks(p, needs, capacity(p, needs))
     logits = _buffer(p, max((part.rows for part in parts), default=0), torch.float32)
     dtype = p.weight.dtype
-    apart = wants_gradients(needs) and dtype != torch.float32
+    apart = needs.gradients and dtype != torch.float32
     differences = _buffer(p, logits.shape[0], dtype) if apart else logits
     for i, part in enumerate(parts):
         _chunk(p, needs, part, results, logits, differences, weight_sum, bias_sum, scale, i == 0)
@@ -81,7 +81,7 @@ def _chunk(
     z = logits[: part.rows]
     product(hidden, p.weight.T, out=z)
     sums = row_sums(p, z, part.labels(p), needs.stats)
-    store = wants_gradients(needs)
+    store = needs.gradients
     g = differences[quiet : part.rows] if differences is logits else differences[: part.rows - quiet]
     divergence = _differences(p, part, z, sums, part.scale(p) if scale is None else part.scale(p) * scale, g, store)
     results.write_losses(part, sums, divergence)

@@ -88,8 +88,13 @@ def plainly(p: Problem, wide: torch.dtype, rounded: torch.dtype | None = None) -
         "divergence": kl.where(p.pair_index >= 0, 0), "grad_target": last(g_target @ w),
         "grad_draft": last(g_draft @ w), "grad_weight": last(g_target.T @ h + g_draft.T @ t),
         "grad_bias": last(g_target.sum(0) + g_draft.sum(0)), "lse": torch.cat([s_target, s_draft]).logsumexp(-1),
-        "entropy": torch.distributions.Categorical(logits=torch.cat([s_target, s_draft])).entropy(),
+        "entropy": entropy(torch.cat([s_target, s_draft])),
     }  # fmt: skip
+
+
+def entropy(s: Tensor) -> Tensor:
+    log_p = s.log_softmax(-1)
+    return -(log_p.exp() * log_p).where(log_p > -torch.inf, 0).sum(-1)
 
 
 def check(p: Problem, needs: Needs, out: Outcome) -> None:
@@ -138,12 +143,12 @@ def test_shapes_that_are_multiples_of_nothing(plan: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("plan", PLANS)
 def test_several_drafts_for_a_target(plan: str, drafts: int) -> None:
     """In any order, with a vocabulary smaller than a tile."""
-    solve(make(3, [2, 0, 1] * drafts, 16, 33, plan=plan, softcap=30.0))
+    solve(make(2, [1, 0] * drafts, 16, 33, plan=plan, softcap=30.0))
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_subset_of_results(plan: str) -> None:
-    p = make(4, [1, 3, -1], 5, 19, plan=plan, bias=True)
+    p = make(3, [2, -1], 5, 19, plan=plan, bias=True)
     for wanted in itertools.product([False, True], repeat=5):
         solve(p, Needs(*wanted))
 
