@@ -14,6 +14,7 @@ from engine.errors import (
     RequestTooLong,
     UnsupportedModel,
 )
+from engine.kernels import ConsistencyLoss, ConsistencyLossOutput, consistency_loss
 from engine.options import DEFAULT_CONDITION, RefineOptions
 from engine.refiner import Refiner
 from engine.request import Request, Result
@@ -22,6 +23,8 @@ logging.getLogger("engine").addHandler(logging.NullHandler())
 
 __all__ = [
     "DEFAULT_CONDITION",
+    "ConsistencyLoss",
+    "ConsistencyLossOutput",
     "EngineDead",
     "EngineError",
     "InvalidRequest",
@@ -33,4 +36,5 @@ __all__ = [
     "RequestTooLong",
     "Result",
     "UnsupportedModel",
+    "consistency_loss",
 ]

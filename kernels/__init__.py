@@ -19,6 +19,7 @@ if __name__ == "kernels":
         sys.modules[__name__] = importlib.util.module_from_spec(_theirs)
         _theirs.loader.exec_module(sys.modules[__name__])
 else:
+    from engine.kernels.consistency_loss import ConsistencyLoss, ConsistencyLossOutput, LossStats, consistency_loss
     from engine.kernels.gated_activation import gated_activation
     from engine.kernels.linear import LinearWeight, embedding, linear
     from engine.kernels.linear_argmax import linear_argmax
@@ -29,7 +30,11 @@ else:
 
     __all__ = [
         "PAGE_SIZE",
+        "ConsistencyLoss",
+        "ConsistencyLossOutput",
         "LinearWeight",
+        "LossStats",
+        "consistency_loss",
         "embedding",
         "gated_activation",
         "kv_cache_shapes",
