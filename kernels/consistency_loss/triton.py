@@ -12,9 +12,11 @@ MAX_VOCABULARY = 1 << 24  # indices of columns are kept as float32 beside the ot
 def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     """Cross entropy, divergence and the wanted gradients by ``p.plan``: "dense" or "recompute"."""
     if p.weight.shape[0] >= MAX_VOCABULARY:
-        raise ValueError(f'impl="triton" takes a vocabulary below {MAX_VOCABULARY}, got {p.weight.shape[0]}: use "torch"')
+        raise ValueError(
+            f'impl="triton" takes vocabularies below {MAX_VOCABULARY}, got {p.weight.shape[0]}; use "torch"'
+        )
     if p.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f'impl="triton" takes float32, bfloat16 or float16, got {p.weight.dtype}: cast or use "torch"')
+        raise TypeError(f'impl="triton" takes float32, bfloat16 or float16, got {p.weight.dtype}; cast or use "torch"')
     return _implementation(p.plan)(p, needs)
 
 

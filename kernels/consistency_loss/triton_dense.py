@@ -43,10 +43,6 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     return results.outcome(unscaled(weight_sum, scale, dtype), unscaled(bias_sum, scale, dtype))
 
 
-def wants_gradients(needs: Needs) -> bool:
-    return needs.target or needs.draft or needs.weight or needs.bias
-
-
 def capacity(p: Problem, needs: Needs) -> int:
     """Rows per chunk."""
     row = p.weight.shape[0] * (4 + (p.weight.element_size() if p.weight.element_size() < 4 else 0))
@@ -199,8 +195,8 @@ def differences_kernel(
     log_p = s - tl.load(sums + head) - tl.load(sums + stride + head)
     p = tl.exp(log_p)
     if STORE:
+        own = tl.load(scale + head)
         if head >= quiet:
-            own = tl.load(scale + head)
             d = p - tl.where(columns == tl.load(labels + head), 1.0, 0.0)
             to = g + (head - quiet) * g_stride + columns
             tl.store(to, tl.where(own == 0.0, 0.0, own * slope * d).to(g.dtype.element_ty), mask=inside)

@@ -122,7 +122,7 @@ def _planned(pair: Tensor, has_ce: Tensor, stats: bool, capacity: int) -> list[t
         heads = torch.cat([heads, alone + m])
         size, kind = torch.cat([size, torch.zeros_like(alone)]), torch.cat([kind, torch.zeros_like(alone)])
     end, drafts_end = (size + 1).cumsum(0), size.cumsum(0)
-    plan = []
+    plan: list[tuple[Tensor, ...]] = []
     for a, b in _cuts(end, size + 1, capacity):
         begin = int(drafts_end[a] - size[a])
         order = kind[a:b].argsort(stable=True) + a
@@ -175,7 +175,9 @@ class Results:
         p = self.p
         maximum, log_total, _, entropy, label, best = sums
         voiced = slice(chunk.without_gradient, chunk.heads)
-        self.cross_entropy.index_copy_(0, chunk.voiced, ((maximum - label) + log_total)[voiced])
+        cross_entropy = ((maximum - label) + log_total)[voiced]
+        # static chunks hold rows without a term too
+        self.cross_entropy.index_copy_(0, chunk.voiced, torch.where(p.ce_scale[chunk.voiced] != 0, cross_entropy, 0.0))
         divergence = torch.where(p.pair_index[chunk.drafts] >= 0, divergence * p.temperature**2, 0.0)
         self.divergence.index_copy_(0, chunk.drafts, divergence)
         if self.stats is not None:

@@ -50,6 +50,6 @@ def test_every_row_is_planned_once(pairs: list[int], labelled: list[bool], stats
         heads = [None] * chunk.alone.numel() + [*chunk.silent.tolist(), *chunk.voiced.tolist()]
         taught = {}
         for head, (first, last) in enumerate(zip(chunk.first.tolist(), chunk.last.tolist(), strict=True)):
-            taught |= {row: head for row in range(first, last)}
+            taught |= dict.fromkeys(range(first, last), head)
         assert [taught[row] for row in range(chunk.heads, chunk.rows)] == chunk.teacher.tolist()
         assert [heads[head] for head in chunk.teacher.tolist()] == [pairs[row] for row in chunk.drafts.tolist()]
