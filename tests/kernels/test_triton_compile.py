@@ -20,6 +20,7 @@ from engine.kernels.consistency_loss.triton_rows import Chunk
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -111,13 +112,15 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def usage(cubin: bytes, at: Path) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, which is where spilled registers go."""
-    at.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run([tool, "-res-usage", at], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+def usage(ptx: str, capability: int, at: Path) -> tuple[int, int]:
+    """Registers per thread, and bytes of them that are spilled."""
+    at.write_text(ptx)
+    target = re.findall(r"\.target (\w+)", ptx)[0]
+    command = [get_ptxas(capability).path, "-v", f"-arch={target}", at, "-o", at.with_suffix(".cubin")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    registers = re.findall(r"Used (\d+) registers", report)
+    return int(registers[0]), sum(map(int, spilled))
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
@@ -142,7 +145,7 @@ def test_no_spills(
     for launch in launches:
         assert isinstance(launch.kernel, JITFunction), "TRITON_INTERPRET was set when Triton was imported"
         compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
-        registers, spilled = usage(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+        registers, spilled = usage(compiled.asm["ptx"], capability, tmp_path / "kernel.ptx")
         shared = compiled.metadata.shared
         name = launch.kernel.__name__
         print(f"sm_{capability} {name} D={d} V={v}: {registers} registers, {spilled} spilled, {shared} shared")
