@@ -17,7 +17,8 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
         )
     if p.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f'impl="triton" takes float32, bfloat16 or float16, got {p.weight.dtype}; cast or use "torch"')
-    return _implementation(p.plan)(p, needs)
+    with torch.cuda.device_of(p.weight):  # Triton launches on the current device
+        return _implementation(p.plan)(p, needs)
 
 
 def _implementation(plan: str) -> Callable[[Problem, Needs], Outcome]:

@@ -30,7 +30,7 @@ CHUNK_BYTES = 1 << 30
 def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     """The loss's rows and the wanted gradients; see Problem and Outcome."""
     results = Results(p, needs)
-    weight_sum = torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) if needs.weight else None
+    weight_sum = torch.empty(p.weight.shape, dtype=torch.float32, device=p.weight.device) if needs.weight else None
     bias_sum = torch.zeros(p.weight.shape[0], dtype=torch.float32, device=p.weight.device) if needs.bias else None
     scale = gradient_scale(p)
     parts = chunks(p, needs, capacity(p, needs))
@@ -40,6 +40,9 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     differences = _buffer(p, logits.shape[0], dtype) if apart else logits
     for i, part in enumerate(parts):
         _chunk(p, needs, part, results, logits, differences, weight_sum, bias_sum, scale, i == 0)
+    if weight_sum is not None and not parts:
+        weight_sum.zero_()
+    del logits, differences  # before the peak that the result's own copy of dW would make
     return results.outcome(unscaled(weight_sum, scale, dtype), unscaled(bias_sum, scale, dtype))
 
 
@@ -60,7 +63,7 @@ def gradient_scale(p: Problem) -> Tensor | None:
 def unscaled(total: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if total is None:
         return None
-    return (total if scale is None else total / scale).to(dtype)
+    return (total if scale is None else total.div_(scale)).to(dtype)
 
 
 def _buffer(p: Problem, rows: int, dtype: torch.dtype) -> Tensor:
@@ -83,12 +86,9 @@ def _chunk(
     results.write_losses(part, sums, divergence)
     if not store:
         return
-    voiced = part.heads - quiet
-    target = product(g[:voiced], p.weight) if needs.target else None
-    draft = product(g[voiced:], p.weight) if needs.draft else None
-    if scale is not None:
-        target, draft = (part if part is None else part / scale for part in (target, draft))
-    results.write_hidden(part, target, draft)
+    wanted = part.rows_wanted(needs)
+    if wanted.stop > wanted.start:
+        results.write_hidden(part, wanted, product(g[wanted], p.weight), scale)
     if weight_sum is not None:
         accumulate(weight_sum, g.T, hidden[quiet:], first)
     if bias_sum is not None:

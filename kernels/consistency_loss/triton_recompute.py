@@ -25,7 +25,7 @@ PROGRAMS = 2048
 MAX_SPLITS = 64
 BLOCK_BYTES = 1 << 28
 """Of the second pass's buffers."""
-PARTS = tl.constexpr(4)
+PARTS = tl.constexpr(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ def _all_rows(
 ) -> None:  # fmt: skip
     hidden, quiet = part.hidden(p), part.without_gradient
     v, d = p.weight.shape
-    sums = row_sums(p, hidden, part.labels(p), needs.stats)
+    wanted, labels = part.rows_wanted(needs), part.labels(p)
+    sums = row_sums(p, hidden, labels, needs.stats)
     divergence = torch.zeros(part.drafts.numel(), dtype=torch.float32, device=hidden.device)
     row_scale = part.scale(p) if scale is None else part.scale(p) * scale
-    wanted = slice(0 if needs.target else part.heads - quiet, part.rows - quiet if needs.draft else part.heads - quiet)
     grad_hidden = hidden.new_empty(wanted.stop - wanted.start, d, dtype=torch.float32)
     width = min(block_width(p, part), v)
     g = hidden.new_empty(part.rows - quiet, -(-width // 8) * 8)
@@ -75,17 +75,15 @@ def _all_rows(
     for start in range(0, v, width):
         block = slice(start, min(v, start + width))
         here = g[:, : block.stop - start]
-        divergence += _differences(p, part, hidden, sums, row_scale, here, log_p, block)
+        divergence += _differences(p, part, hidden, labels, sums, row_scale, here, log_p, block)
         weight_block = product(here.T, hidden[quiet:])
-        grad_weight[block] = weight_block if scale is None else weight_block / scale
-        accumulate(grad_hidden, here[wanted], p.weight[block], start == 0)
+        grad_weight[block] = weight_block if scale is None else weight_block.div_(scale)
+        if grad_hidden.numel():
+            accumulate(grad_hidden, here[wanted], p.weight[block], start == 0)
         if grad_bias is not None:
             grad_bias[block] = here.sum(0, dtype=torch.float32)
     results.write_losses(part, sums, divergence)
-    if scale is not None:
-        grad_hidden /= scale
-    target, draft = grad_hidden.split([part.heads - quiet - wanted.start, wanted.stop - (part.heads - quiet)])
-    results.write_hidden(part, target if needs.target else None, draft if needs.draft else None)
+    results.write_hidden(part, wanted, grad_hidden, scale)
 
 
 def block_width(p: Problem, part: Chunk) -> int:
@@ -119,13 +117,13 @@ def _constants(t: Tiles, hidden: Tensor) -> dict[str, int | bool]:
 
 
 def _differences(
-    p: Problem, part: Chunk, hidden: Tensor, sums: Tensor, scale: Tensor, g: Tensor, log_p: Tensor, block: slice
-) -> Tensor:
+    p: Problem, part: Chunk, hidden: Tensor, labels: Tensor, sums: Tensor, scale: Tensor, g: Tensor, log_p: Tensor,
+    block: slice,
+) -> Tensor:  # fmt: skip
     """Fills g [rows with a gradient, columns of the block]; returns the drafts' divergence over these columns."""
     t, d, quiet = tiles(hidden.dtype), hidden.shape[1], part.without_gradient
     column_tiles = triton.cdiv(block.stop - block.start, t.columns)
     divergence = hidden.new_empty(part.drafts.numel(), column_tiles, dtype=torch.float32)
-    labels = part.labels(p)
     for first, last in ((0, part.heads), (part.heads, part.rows)):
         row_tiles = triton.cdiv(last - first, t.rows)
         if row_tiles:
@@ -186,7 +184,7 @@ def logits_of(
 
     What follows a product needs several values per logit: all of a tile at once would not fit the registers.
     """
-    z = half_of(half_of(z, PART // 2), PART % 2)
+    z = half_of(half_of(half_of(z, PART // 4), PART // 2 % 2), PART % 2)
     if HAS_BIAS:
         z += tl.load(bias + columns).to(tl.float32)[None, :]
     return capped(z, cap, HAS_CAP)

@@ -45,6 +45,11 @@ class Chunk:
     def rows(self) -> int:
         return self.heads + self.drafts.numel()
 
+    def rows_wanted(self, needs: Needs) -> slice:
+        """Of the rows with a gradient, those whose own gradient is wanted."""
+        voiced, rows = self.voiced.numel(), self.rows - self.without_gradient
+        return slice(0 if needs.target else voiced, rows if needs.draft else voiced)
+
     def hidden(self, p: Problem) -> Tensor:
         parts = [p.draft_hidden[self.alone], p.target_hidden[self.silent], p.target_hidden[self.voiced]]
         return torch.cat([*parts, p.draft_hidden[self.drafts]])
@@ -187,10 +192,16 @@ class Results:
             agrees = (best[chunk.heads :] == best[chunk.teacher]) & (p.pair_index[chunk.drafts] >= 0)
             self.stats.argmax_agrees.index_copy_(0, chunk.drafts, agrees)
 
-    def write_hidden(self, chunk: Chunk, target: Tensor | None, draft: Tensor | None) -> None:
-        """Gradients of the chunk's voiced rows and of its drafts, in any dtype."""
-        for whole, rows, part in ((self.grad_target, chunk.voiced, target), (self.grad_draft, chunk.drafts, draft)):
-            if whole is not None and part is not None:
+    def write_hidden(self, chunk: Chunk, wanted: slice, gradient: Tensor, scale: Tensor | None) -> None:
+        """``gradient`` [rows wanted, d] float32, times ``scale``, of the chunk's voiced rows, its drafts or both."""
+        if scale is not None:
+            gradient = gradient.div_(scale)
+        voiced = chunk.voiced.numel() - wanted.start
+        for whole, rows, part in (
+            (self.grad_target, chunk.voiced, gradient[:voiced]),
+            (self.grad_draft, chunk.drafts, gradient[voiced:]),
+        ):
+            if whole is not None:
                 whole.index_copy_(0, rows, part.to(whole.dtype))
 
     def outcome(self, grad_weight: Tensor | None, grad_bias: Tensor | None) -> Outcome:
