@@ -24,18 +24,9 @@ EVERYTHING = Needs(True, True, True, True, True)
 FIELDS = ("cross_entropy", "divergence", "grad_target", "grad_draft", "grad_weight", "grad_bias")
 
 if INTERPRETED:
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+    from tests.kernels.triton_interpreter import repair
 
-    _cast = InterpreterBuilder.cast_impl
-
-    def _nearest(builder: InterpreterBuilder, source: TensorHandle, to: object) -> TensorHandle:
-        """The interpreter cuts bfloat16 off; hardware rounds to nearest."""
-        if str(to.scalar) != "bf16" or str(source.dtype.scalar) != "fp32":
-            return _cast(builder, source, to)
-        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy()
-        return TensorHandle(bits.view(_get_np_dtype(to)), to.scalar)
-
-    InterpreterBuilder.cast_impl = _nearest
+    repair()
 
 
 def make(
