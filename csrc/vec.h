@@ -52,7 +52,7 @@ static inline Vec vexp(Vec x) {
 static inline Vec vtanh(Vec x) {
   Vec a = (Vec)((IVec)x & 0x7fffffff);
   Vec e = vexp(a * splat(-2.f));
-  Vec big = (splat(1.f) - e) / (splat(1.f) + e);
+  Vec big = splat(1.f) - (e + e) / (splat(1.f) + e);  // near 1 only the subtraction rounds: 1 - tanh^2 has digits left
   Vec s = a * a;
   Vec p = splat(-1382.f / 155925.f);
   p = p * s + splat(62.f / 2835.f);

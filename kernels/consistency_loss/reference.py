@@ -9,7 +9,7 @@ from engine.kernels.consistency_loss.problem import LossStats, Needs, Outcome, P
 
 def losses(p: Problem) -> tuple[Tensor, Tensor]:
     """Cross entropy [m] and divergence [r] of every row, unscaled; differentiable by autograd."""
-    s_target, s_draft = _logits(p, p.target_hidden), _logits(p, p.draft_hidden)
+    (s_target, _), (s_draft, _) = _logits(p, p.target_hidden), _logits(p, p.draft_hidden)
     tau = p.temperature
     cross_entropy = F.cross_entropy(s_target, p.labels, reduction="none")
     # Teacher and student share their weights; the paper stops the gradient at the teacher's distribution.
@@ -21,7 +21,7 @@ def losses(p: Problem) -> tuple[Tensor, Tensor]:
 def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     """The losses and their gradients, written out: autograd is off inside a registered operation."""
     cross_entropy, divergence = losses(p)
-    s_target, s_draft = _logits(p, p.target_hidden), _logits(p, p.draft_hidden)
+    (s_target, slope_target), (s_draft, slope_draft) = _logits(p, p.target_hidden), _logits(p, p.draft_hidden)
     grads: tuple[Tensor | None, ...] = (None, None, None, None)
     if needs.gradients:
         tau, teachers = p.temperature, p.pair_index.clamp_min(0)
@@ -30,8 +30,8 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
         g_draft = (s_draft / tau).softmax(-1) - (s_target / tau).softmax(-1)[teachers]
         g_draft = g_draft * (p.kl_scale * tau)[:, None]
         # a row without a term has no gradient, whatever its logits are
-        g_target = (g_target * _slope(p, s_target)).where(p.ce_scale[:, None] != 0, 0)
-        g_draft = (g_draft * _slope(p, s_draft)).where(p.kl_scale[:, None] != 0, 0)
+        g_target = (g_target * slope_target).where(p.ce_scale[:, None] != 0, 0)
+        g_draft = (g_draft * slope_draft).where(p.kl_scale[:, None] != 0, 0)
         wide, dtype = s_target.dtype, p.weight.dtype
         hidden = torch.cat((p.target_hidden, p.draft_hidden)).to(wide)
         g = torch.cat((g_target, g_draft))
@@ -46,21 +46,21 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     return Outcome(cross_entropy, divergence, grads[0], grads[1], grads[2], grads[3], stats)
 
 
-def _logits(p: Problem, hidden: Tensor) -> Tensor:
+def _logits(p: Problem, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Logits [rows, v] behind the soft-cap, and its slope there."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     z = F.linear(hidden.to(wide), p.weight.to(wide), None if p.bias is None else p.bias.to(wide))
-    return p.softcap * torch.tanh(z / p.softcap) if p.softcap else z
-
-
-def _slope(p: Problem, s: Tensor) -> Tensor | float:
-    """Derivative of the soft-cap at its result."""
-    return 1 - (s / p.softcap) ** 2 if p.softcap else 1.0
+    if not p.softcap:
+        return z, 1.0
+    t = torch.tanh(z / p.softcap)
+    return p.softcap * t, 1 - t * t
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) of log probabilities [r, v] -> [r]; 0 log 0 is 0."""
-    probability = teacher.exp()
-    return (probability * (teacher - student)).where(probability != 0, 0).sum(-1)
+    p, q = teacher.exp(), student.exp()
+    # q - p adds up to nothing, but leaves squares of small differences where the streams agree, not their rounding.
+    return (p * (teacher - student) + (q - p)).where(p != 0, q).sum(-1)
 
 
 def _stats(p: Problem, s_target: Tensor, s_draft: Tensor) -> LossStats:

@@ -83,16 +83,19 @@ def _shapes(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[GRADIENTS])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of W for the outputs without a gradient
     ctx.wants = inputs[-5:-1]
     ctx.inputs = len(inputs)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "consistency_loss cannot be differentiated twice: its gradients are taken in the forward pass; call backward "
             "without create_graph=True, or use engine.kernels.consistency_loss.reference.losses, which is plain PyTorch"
         )
+    if grad is None:
+        return (None,) * ctx.inputs
     saved = ctx.saved_tensors
     grads = [_scaled(g, grad) if wanted else None for g, wanted in zip(saved, ctx.wants, strict=True)]
     return *grads, *[None] * (ctx.inputs - len(grads))
