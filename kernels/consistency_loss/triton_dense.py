@@ -52,6 +52,16 @@ def capacity(p: Problem, needs: Needs) -> int:
     return max(ROWS_WITH_WEIGHT if needs.weight else ROWS_WITHOUT, CHUNK_BYTES // max(1, row))
 
 
+def peak_bytes(p: Problem, needs: Needs) -> int:
+    """About what this plan allocates: both buffers of a chunk, float32 dW, and all gradients."""
+    (v, d), size = p.weight.shape, p.weight.element_size()
+    rows = p.labels.numel() + p.pair_index.numel()
+    chunk = min(rows, capacity(p, needs)) * (v * (4 + (size if size < 4 else 0)) + d * (size + 4))
+    # the float32 dW is there all the time; the chunk's buffers are gone when its copy in W's dtype is made
+    weight = v * d * 4 if needs.weight else 0
+    return weight + max(chunk, v * d * size if needs.weight and size < 4 else 0) + rows * d * size
+
+
 def gradient_scale(p: Problem) -> Tensor | None:
     """A power of two that brings the differences to float16's range, where gradients like 1e-9 are zero otherwise."""
     if p.weight.dtype != torch.float16:

@@ -270,6 +270,18 @@ def test_repeats_to_the_bit(plan: str) -> None:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
+def test_plan_is_chosen_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, used = make(3, [0, 1], 8, 20, plan="auto"), []
+    monkeypatch.setattr(triton_dense, "loss_and_gradients", lambda p, needs: used.append("dense"))
+    monkeypatch.setattr(triton_recompute, "loss_and_gradients", lambda p, needs: used.append("recompute"))
+    for free in (True, False):
+        monkeypatch.setattr(triton, "_fits", lambda p, wanted, free=free: free)
+        triton.loss_and_gradients(p, EVERYTHING)
+    assert used == ["dense", "recompute"]
+    with pytest.raises(ValueError, match="got 'sparse'"):
+        triton.loss_and_gradients(replace(p, plan="sparse"), EVERYTHING)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="indices above 2^31 need a GPU's memory")
 @pytest.mark.parametrize("plan", PLANS)
 def test_products_above_two_to_the_31(plan: str) -> None:
