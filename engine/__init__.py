@@ -55,6 +55,7 @@ __all__ = [
 _HOMES = {
     "ConsistencyLoss": "kernels",
     "ConsistencyLossOutput": "kernels",
+    "consistency_loss": "kernels",
     "DEFAULT_CONDITION": "options",
     "RefineOptions": "options",
     "Refiner": "refiner",
@@ -64,7 +65,6 @@ _HOMES = {
     "TrainStepOutput": "training",
     "Trajectory": "training",
     "TrajectoryCollator": "training",
-    "consistency_loss": "kernels",
     "train_step": "training",
 }
 

@@ -19,6 +19,7 @@ from engine.job.rows import OWN_FIELDS
 
 RECORD_SUFFIX = ".job"
 _MOST = 1 << 24  # bytes read of a record
+_MOST_ROWS = 1 << 32  # an index above is damage, and would cost its size in memory
 _CHANGED = frozenset((*OWN_FIELDS, "output", "generator", "choices", "model_id"))
 
 Settings = dict[str, Any]
@@ -207,7 +208,7 @@ def read_finished(path: Path) -> Iterator[Finished]:
             try:
                 row = json.loads(text.removesuffix(b","))
                 index, failed = row["index"], row["error"] is not None
-                if type(index) is not int or index < 0 or not line.endswith(b"\n"):
+                if type(index) is not int or not 0 <= index < _MOST_ROWS or not line.endswith(b"\n"):
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 pending = (

@@ -45,6 +45,8 @@ class Source:
     """Of the content; None for a pipe, which can be read only once."""
     rows: int | None
     """About how many rows there are (blank lines count), where that is known beforehand."""
+    stamp: tuple[int, int] | None = None
+    """Size and time of modification when the digest was taken."""
 
     @classmethod
     def open(cls, path: str) -> "Source":
@@ -62,14 +64,22 @@ class Source:
             if form != "lines" or gzipped:
                 raise ValueError(f"{path} is not a regular file: only JSON lines are read from a pipe")
             return cls(path, form, gzipped, None, None)
+        stamp = _stamp(path)
         digest, lines = _digest(path)
         rows = lines if form == "lines" and not gzipped else None
         if form == "parquet":
             rows = _parquet_file(path).metadata.num_rows
-        return cls(path, form, gzipped, digest, rows)
+        return cls(path, form, gzipped, digest, rows, stamp)
 
     def read(self) -> Iterator[RawRow]:
-        """The rows in order. Raises OSError when reading fails on the way."""
+        """The rows in order. Raises OSError when reading fails on the way, or the file was changed meanwhile."""
+        yield from self._read()
+        if self.stamp is None or not os.path.exists(self.path) or _stamp(self.path) == self.stamp:
+            return
+        if _digest(self.path)[0] != self.digest:  # not only touched
+            raise OSError(f"{self.path} was changed while it was read: start anew with --overwrite")
+
+    def _read(self) -> Iterator[RawRow]:
         if self.form == "parquet":
             yield from _read_parquet(self.path)
             return
@@ -79,6 +89,11 @@ class Source:
                 yield from _read_array(file) if self.form == "array" else _read_lines(file)
         except (EOFError, zlib.error) as error:
             raise OSError(f"{self.path} is not a whole gzip file: {error}") from error
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _digest(path: str) -> tuple[str, int]:

@@ -60,10 +60,10 @@ class RowWriter:
         try:
             while at < len(data):
                 at += os.pwrite(self._fd, data[at:], size + at)
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._fd, size)
             self._written = (size, [])
-            raise
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._check_still_there()
 
     def _check_still_there(self) -> None:

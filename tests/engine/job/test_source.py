@@ -245,3 +245,25 @@ def test_any_bytes_are_read_or_refused_line_by_line(tmp_path: Path, content: lis
             assert json.loads(line.removeprefix(BOM * (number == 1)).rstrip().decode()) == row
         else:
             assert row.startswith(f"line {number} ")
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 3)
+    source = Source.open(str(path))
+    rows = source.read()
+    assert next(rows)() == {"prompt": "a"}
+    with path.open("a") as file:
+        file.write('{"prompt": "b"}\n')
+    with pytest.raises(OSError, match="was changed while it was read"):
+        list(rows)
+
+
+@pytest.mark.parametrize("change", ["touched", "removed"])
+def test_a_file_that_keeps_its_content_while_it_is_read(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 3)
+    rows = Source.open(str(path)).read()
+    next(rows)
+    os.utime(path, (1, 1)) if change == "touched" else path.unlink()
+    assert len(list(rows)) == 2
