@@ -53,8 +53,6 @@ class Statistics:
         return self.errors + self.errors_before
 
     def summary(self, seconds: float) -> str:
-        if self.before and not self.rows:
-            return f"nothing left to do: {self.before} rows, {self.errors_before} errors"
         earlier = f" (and {self.before} of an earlier run, {self.errors_before} errors)" if self.before else ""
         ahead = f", {self.ahead} behind unfinished ones set aside" if self.ahead else ""
         return (
@@ -154,7 +152,11 @@ class Reporter:
     def end(self, state: str) -> None:
         """``state``: finished, interrupted, stopped or failed. Says the summary; raises OSError if metrics can't be written."""
         self.close()
-        self.say(self.statistics.summary(time.monotonic() - self._started))
+        statistics = self.statistics
+        if state == "finished" and statistics.before and not statistics.rows:
+            self.say(f"nothing left to do: {statistics.before} rows, {statistics.errors_before} errors")
+        else:
+            self.say(statistics.summary(time.monotonic() - self._started))
         self._write_metrics(state)
 
     def close(self) -> None:
