@@ -79,13 +79,20 @@ static void row_statistics(const LossArgs& a, int64_t row) {
   state.largest = largest;
 }
 
-static inline Vec log_sum(double largest, double sum, float factor) { return splat((float)(largest * factor + std::log(sum))); }
+// Log of a probability in two steps: one rounded normaliser of the size of the logits would cost a digit.
+struct LogSoftmax {
+  Vec gain, largest, factor, log_sum;
+  LogSoftmax(const LossArgs& a, double top, double sum, float inverse_temperature)
+      : gain(splat(cap_gain(a.softcap))), largest(splat(top == -INFINITY ? 0.f : (float)top)),
+        factor(splat(inverse_temperature)), log_sum(splat((float)std::log(sum))) {}
+  Vec operator()(Vec kept) const { return (kept * gain - largest) * factor - log_sum; }
+};
 
 static double row_entropy(const LossArgs& a, int64_t row) {
   const float* z = logits_of(a, row);
-  const Vec lse = log_sum(a.state[row].largest, a.state[row].sum, 1.f), gain = splat(cap_gain(a.softcap));
+  const LogSoftmax log_softmax(a, a.state[row].largest, a.state[row].sum, 1.f);
   return -sum_columns(a.count, [&](int64_t c, int64_t left) {
-    const Vec log_p = load_logits(z + c, left) * gain - lse, p = exp_or_zero(log_p);
+    const Vec log_p = log_softmax(load_logits(z + c, left)), p = exp_or_zero(log_p);
     return select(p == Vec{}, p, p * log_p);
   });
 }
@@ -99,13 +106,12 @@ static void draft_gradient(const LossArgs& a, int64_t row) {
   float* z = logits_of(a, row);
   const float* z_teacher = logits_of(a, teacher);
   const float inverse = 1 / a.temperature;
-  const Vec lse = log_sum(own.largest, own.sum_tempered, inverse), gain = splat(cap_gain(a.softcap));
-  const Vec their_lse = log_sum(theirs.largest, theirs.sum_tempered, inverse), factor = splat(inverse);
+  const LogSoftmax student(a, own.largest, own.sum_tempered, inverse), taught(a, theirs.largest, theirs.sum_tempered, inverse);
   const Vec scale = splat(a.scale[row] * a.temperature);
   const bool idle = a.scale[row] == 0;
   own.divergence += sum_columns(a.count, [&](int64_t c, int64_t left) {
     const Vec t = load_logits(z + c, left);
-    const Vec log_q = t * gain * factor - lse, log_p = load_logits(z_teacher + c, left) * gain * factor - their_lse;
+    const Vec log_q = student(t), log_p = taught(load_logits(z_teacher + c, left));
     const Vec q = exp_or_zero(log_q), p = exp_or_zero(log_p), difference = q - p;
     if (a.gradients) store_some(z + c, left, idle ? Vec{} : scale * difference * cap_slope(t, a.softcap));
     // q - p adds up to nothing, and makes each term the square of a small number where the streams agree: without it
@@ -123,10 +129,11 @@ static void target_gradient(const LossArgs& a, int64_t row) {
     std::memset(z, 0, a.count * sizeof(float));
     return;
   }
-  const Vec lse = log_sum(own.largest, own.sum, 1.f), gain = splat(cap_gain(a.softcap)), scale = splat(a.scale[row]);
+  const LogSoftmax log_softmax(a, own.largest, own.sum, 1.f);
+  const Vec scale = splat(a.scale[row]);
   for (int64_t c = 0; c < a.count; c += W) {
     const Vec t = load_logits(z + c, a.count - c);
-    store_some(z + c, a.count - c, scale * exp_or_zero(t * gain - lse) * cap_slope(t, a.softcap));
+    store_some(z + c, a.count - c, scale * exp_or_zero(log_softmax(t)) * cap_slope(t, a.softcap));
   }
   const int64_t label = a.labels[row] - a.first;
   if (label >= 0 && label < a.count) z[label] -= a.scale[row] * cap_slope(splat((float)own.picked), a.softcap)[0];
