@@ -17,7 +17,8 @@ from engine.kernels.consistency_loss.problem import LossStats, Needs, Outcome, P
 from engine.kernels.native import Native, address, native, new_output
 
 BLOCK = 2048  # vocabulary rows of one product
-KEPT_BYTES = 1.15  # for each row and entry of the vocabulary: logits of a group of rows
+DEPTH = 128  # products a BLAS adds up in a row: its own longer chains lose up to half a digit of the logits, at no gain in time
+KEPT_BYTES = 1.4  # for each row and entry of the vocabulary: logits of a group of rows
 WORK_BYTES = 1.6  # everything, where all rows make one group; eager PyTorch holds 12 to 13 beyond the gradients
 FEW_ROWS = 96  # are not divided further
 STATE = 8  # float64 of a row; LossState in csrc/kernels.h
@@ -51,6 +52,14 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     return results.outcome(p)
 
 
+def _large_pages(tensor: Tensor) -> Tensor:
+    """The same memory, which the system may give in large pages: the first touch of small ones takes a tenth of the time."""
+    library = native()
+    assert library is not None
+    library.module.prefer_large_pages(address(tensor), tensor.numel() * tensor.element_size())
+    return tensor
+
+
 def _one_group(p: Problem, needs: Needs) -> bool:
     return needs.weight and p.weight.dtype is not torch.float32
 
@@ -73,7 +82,10 @@ def _groups(p: Problem, needs: Needs) -> list[tuple[Tensor, Tensor, Tensor]]:
     if len(targets) == 0:
         return []
     sizes = 1 + taught[targets]
-    limit = len(targets) + len(drafts) if _one_group(p, needs) else _kept_rows(p)
+    rows = len(targets) + len(drafts)
+    limit = rows if _one_group(p, needs) else min(rows, _kept_rows(p))
+    even = -(-rows // -(-rows // limit)) + int(sizes.max()) - 1  # as few groups as the limit allows, of about one size
+    limit = min(limit, even)
     group = _fill(sizes.tolist(), limit)
     place = used.cumsum(0) - 1
     of_draft = group[place[teacher]]
@@ -153,7 +165,7 @@ class _Workspace:
             room = WORK_BYTES * (len(p.labels) + len(p.pair_index)) * v - held
             kept = min(rows, max(FEW_ROWS, int(room) // (4 * v)))
         return cls(
-            new_output(kept, v), new_output(rows - kept, block), new_output(block if low else 0, d),
+            _large_pages(new_output(kept, v)), new_output(rows - kept, block), new_output(block if low else 0, d),
             new_output(block if rounded else 0, d), None if p.bias is None else p.bias.float(), block,
         )  # fmt: skip
 
@@ -183,12 +195,20 @@ def _arguments(p: Problem, group: _Group, space: _Workspace, *options: int) -> l
     return [*map(address, tensors), *sizes, p.softcap or 0.0, p.temperature, *options]
 
 
+def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """out [rows, count] = hidden @ head.T."""
+    torch.mm(hidden[:, :DEPTH], head[:, :DEPTH].T, out=out)
+    for start in range(DEPTH, hidden.shape[1], DEPTH):
+        part = slice(start, start + DEPTH)
+        out.addmm_(hidden[:, part], head[:, part].T)
+
+
 def _first_pass(p: Problem, group: _Group, space: _Workspace, library: Native) -> None:
     arguments = _arguments(p, group, space, False, True, library.threads)
     for block in _blocks(p, space.block):
         head = space.head_rows(p, block)
         for rows, logits in space.logits(group, block):
-            torch.mm(group.hidden[rows], head.T, out=logits)
+            _product(group.hidden[rows], head, logits)
         library.module.loss_statistics(library.table, *arguments, block.start, len(head))
 
 
@@ -201,7 +221,7 @@ def _second_pass(
         head = space.head_rows(p, block) if len(parts) > 1 or len(group.gradient) else None
         for rows, logits in parts[1:]:
             assert head is not None
-            torch.mm(group.hidden[rows], head.T, out=logits)
+            _product(group.hidden[rows], head, logits)
         library.module.loss_gradient(library.table, *arguments, block.start, block.stop - block.start)
         if len(group.gradient):
             assert head is not None
@@ -257,7 +277,7 @@ class _Results:
             stats = LossStats(new_output(m + r), new_output(m + r), new_output(r, dtype=torch.bool))
         weight = None
         if needs.weight:
-            weight = torch.empty_like(p.weight) if covered else torch.zeros_like(p.weight)
+            weight = _large_pages(torch.empty_like(p.weight)) if covered else torch.zeros_like(p.weight)
         return cls(
             torch.zeros(m), torch.zeros(r), new(p.target_hidden) if needs.target else None,
             new(p.draft_hidden) if needs.draft else None, weight,
