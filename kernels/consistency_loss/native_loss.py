@@ -214,7 +214,7 @@ def _first_pass(p: Problem, group: _Group, space: _Workspace, library: Native) -
 
 def _second_pass(
     p: Problem, needs: Needs, group: _Group, space: _Workspace, results: "_Results", library: Native, *, accumulate: bool
-) -> None:
+) -> None:  # fmt: skip
     arguments = _arguments(p, group, space, needs.gradients, needs.stats, library.threads)
     for block in _blocks(p, space.block):
         parts = list(space.logits(group, block))
