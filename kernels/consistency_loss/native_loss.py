@@ -53,7 +53,7 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
 
 
 def _large_pages(tensor: Tensor) -> Tensor:
-    """The same memory, which the system may give in large pages: the first touch of small ones takes a tenth of the time."""
+    """The same memory, which the system may give in large pages: their first touch takes half the time."""
     library = native()
     assert library is not None
     library.module.prefer_large_pages(address(tensor), tensor.numel() * tensor.element_size())
