@@ -105,8 +105,6 @@ const Kernels* kernels_avx512();
 
 // Layout changes; not worth a variant per instruction set.
 void pack_weight(const void* source, void* packed, int64_t rows, int64_t k, int64_t row_offset, WeightType type, int threads);
-// Only a wish, where it is known at all.
-void prefer_large_pages(void* start, int64_t bytes);
 void embed(const int64_t* ids, const void* packed, float* out, int64_t count, int64_t k, float scale, WeightType type);
 
 }  // namespace diffpo

@@ -50,13 +50,4 @@ void embed(const int64_t* ids, const void* packed, float* out, int64_t count, in
     gather(ids, static_cast<const uint16_t*>(packed), out, count, k, scale);
 }
 
-void prefer_large_pages(void* start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096, from = (uintptr_t)start, first = (from + page - 1) / page * page;
-  if (bytes >= 4 << 20) madvise(reinterpret_cast<void*>(first), (from + bytes - first) / page * page, MADV_HUGEPAGE);
-#else
-  (void)start, (void)bytes;
-#endif
-}
-
 }  // namespace diffpo

@@ -164,13 +164,6 @@ PyObject* py_loss_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run(r, [&] { k->loss_gradient(a); });
 }
 
-PyObject* py_prefer_large_pages(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 2);
-  void* start = r.pointer<void>();
-  const int64_t bytes = r.integer();
-  return run(r, [&] { prefer_large_pages(start, bytes); });
-}
-
 PyObject* py_pack_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader r(args, count, 7);
   const void* source = r.pointer<void>();
@@ -196,7 +189,7 @@ PyObject* py_embed(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {DIFFPO_METHOD(kernels),       DIFFPO_METHOD(linear),   DIFFPO_METHOD(linear_argmax),
                          DIFFPO_METHOD(attention),     DIFFPO_METHOD(rope_kv_write), DIFFPO_METHOD(rms_norm),
                          DIFFPO_METHOD(gated_activation), DIFFPO_METHOD(pack_weight), DIFFPO_METHOD(embed),
-                         DIFFPO_METHOD(loss_statistics), DIFFPO_METHOD(loss_gradient), DIFFPO_METHOD(prefer_large_pages),
+                         DIFFPO_METHOD(loss_statistics), DIFFPO_METHOD(loss_gradient),
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels of engine.kernels.", -1, methods,

@@ -53,14 +53,6 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     return results.outcome(p)
 
 
-def _large_pages(tensor: Tensor) -> Tensor:
-    """The same memory, which the system may give in large pages: their first touch takes half the time."""
-    library = native()
-    assert library is not None
-    library.module.prefer_large_pages(address(tensor), tensor.numel() * tensor.element_size())
-    return tensor
-
-
 def _one_group(p: Problem, needs: Needs) -> bool:
     return needs.weight and p.weight.dtype is not torch.float32
 
@@ -166,7 +158,7 @@ class _Workspace:
             room = WORK_BYTES * (len(p.labels) + len(p.pair_index)) * v - held
             kept = min(rows, max(FEW_ROWS, int(room) // (4 * v)))
         return cls(
-            _large_pages(new_output(kept, v)), new_output(rows - kept, block), new_output(block if low else 0, d),
+            new_output(kept, v), new_output(rows - kept, block), new_output(block if low else 0, d),
             new_output(block if rounded else 0, d), None if p.bias is None else p.bias.float(), block,
         )  # fmt: skip
 
@@ -278,7 +270,7 @@ class _Results:
             stats = LossStats(new_output(m + r), new_output(m + r), new_output(r, dtype=torch.bool))
         weight = None
         if needs.weight:
-            weight = _large_pages(torch.empty_like(p.weight)) if covered else torch.zeros_like(p.weight)
+            weight = torch.empty_like(p.weight) if covered else torch.zeros_like(p.weight)
         return cls(
             torch.zeros(m), torch.zeros(r), new(p.target_hidden) if needs.target else None,
             new(p.draft_hidden) if needs.draft else None, weight,
