@@ -13,14 +13,12 @@ namespace {
 #include "gemm.h"
 #include "attention.h"
 #include "pointwise.h"
-#include "loss_gemm.h"
 #include "loss_rows.h"
-#include "consistency_loss.h"
 }  // namespace
 
 const Kernels* DIFFPO_ENTRY() {
-  static const Kernels table{DIFFPO_NAME,   linear,   linear_argmax,    attention,
-                             rope_kv_write, rms_norm, gated_activation, consistency_loss};
+  static const Kernels table{DIFFPO_NAME, linear,           linear_argmax,   attention,    rope_kv_write,
+                             rms_norm,    gated_activation, loss_statistics, loss_gradient};
   return &table;
 }
 }  // namespace diffpo

@@ -57,32 +57,28 @@ struct RopeArgs {
   int threads;
 };
 
-// One group of rows of the consistency loss: target rows, and the draft rows that they teach.
+// What a row of the consistency loss carries from block to block of the vocabulary; a line of the cache each.
+struct alignas(64) LossState {
+  double largest, sum, sum_tempered;  // logit; sums of exp(s - largest) and of exp((s - largest) / temperature)
+  double picked;                      // what is kept of the label's logit
+  double best;                        // index of the largest logit
+  double divergence, entropy;         // of the second pass
+  double unused;
+};
+
+// One block of logits of one group of rows: target rows, then the draft rows that they teach.
 struct LossArgs {
-  const void* target_hidden;   // [m, d]
-  const void* draft_hidden;    // [r, d]
-  const void* weight;          // [v, d], as the hidden states float32 or bfloat16
-  const float* bias;           // [v] or null
-  const int64_t* target_rows;  // [targets] rows of target_hidden
-  const int64_t* draft_rows;   // [drafts] rows of draft_hidden
-  const int64_t* teachers;     // [drafts] indices into target_rows
-  const int64_t* labels;       // [targets]
-  const float* ce_scale;       // [targets] 0: no cross entropy
-  const float* kl_scale;       // [drafts]
-  float* cross_entropy;        // [m]; of this and what follows only the group's rows are written
-  float* divergence;           // [r]
-  void* grad_hidden_target;    // [m, d] or null
-  void* grad_hidden_draft;     // [r, d] or null
-  void* grad_weight;           // [v, d] or null
-  float* grad_bias;            // [v] or null; added to
-  float* lse;                  // [m + r] or null, then so are the next two
-  float* entropy;              // [m + r]
-  bool* agrees;                // [r]
-  int64_t m, d, v, targets, drafts;
-  int64_t stored_panels;       // panels of 48 rows whose logits are kept between the passes
+  float* kept;              // [kept_rows, v] logits; their gradients after the second pass
+  float* fresh;             // [rows - kept_rows, block] those of the other rows; in the second pass again as the product leaves them
+  const float* bias;        // [v] or null
+  const int64_t* labels;    // [targets]
+  const int64_t* teachers;  // [rows - targets] rows of the group; a row without a teacher, or equal to it, is its own
+  const float* scale;       // [rows] of the row's term; 0: no gradient
+  LossState* state;         // [rows]
+  int64_t rows, targets, kept_rows, v, block;
+  int64_t first, count;     // the block's columns
   float softcap, temperature;  // softcap 0: none
-  WeightType weight_type;
-  bool accumulate;             // grad_weight is added to (float32 only), else overwritten
+  bool gradients, stats;
   int threads;
 };
 
@@ -97,8 +93,8 @@ struct Kernels {
                    int threads);
   // out[r, i] = act(gate_up[r, i]) * gate_up[r, width + i]; gelu: tanh approximation, else SiLU
   void (*gated_activation)(const float* gate_up, float* out, int64_t rows, int64_t width, bool gelu, int threads);
-  // Returns the bytes of workspace that it must have, and does no more where that is null.
-  int64_t (*consistency_loss)(const LossArgs&, char* workspace);
+  void (*loss_statistics)(const LossArgs&);
+  void (*loss_gradient)(const LossArgs&);
 };
 
 const Kernels* kernels_portable();

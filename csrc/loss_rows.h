@@ -1,5 +1,5 @@
-// What the consistency loss does to logits between its products. Rows of the batch lie side by side in vectors (48 of them in a
-// panel [vocabulary][48]), so every step over the vocabulary is vertical: no lane ever needs its neighbour.
+// What the consistency loss does to a block of the vocabulary between its products (arXiv 2503.04240): logits become
+// statistics of their rows, later gradients in place. A row's sums are taken in one order, whatever its neighbours are.
 
 // exp that is zero where it underflows, so that 0 log 0 can be told apart
 static inline Vec exp_or_zero(Vec x) { return select(x < splat(-87.3f), Vec{}, vexp(x)); }
@@ -10,106 +10,151 @@ static inline Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
 static inline Vec cap_slope(Vec t, float cap) { return cap > 0 ? (splat(1.f) - t) * (splat(1.f) + t) : splat(1.f); }
 static inline float cap_gain(float cap) { return cap > 0 ? cap : 1.f; }
 
-// Of one block of the vocabulary and one row; blocks are merged in their order, whoever computed them.
-struct LossPartial {
-  float *largest, *sum, *sum_tempered;  // [blocks][lanes]: maximum, sum of exp(s - largest), of exp((s - largest) / temperature)
-  int32_t* best;                        // [blocks][lanes] index of the maximum, or null
+// The first `count` lanes of a vector; the others have probability 0.
+static inline Vec load_logits(const float* p, int64_t count) {
+  if (count >= W) return load(p);
+  float lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = i < count ? p[i] : -INFINITY;
+  return load(lanes);
+}
+static inline void store_some(float* p, int64_t count, Vec v) {
+  if (count >= W) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// Sum of term(first column, columns left), a vector per step; in short chains: one over a whole block would lose digits.
+template <class Term>
+static inline double sum_columns(int64_t count, const Term& term) {
+  double sum = 0;
+  for (int64_t start = 0; start < count; start += 16 * W) {
+    Vec part{};
+    for (int64_t c = start, end = std::min(count, start + 16 * W); c < end; c += W) part += term(c, count - c);
+    sum += lane_sum(part);
+  }
+  return sum;
+}
+
+static inline float* logits_of(const LossArgs& a, int64_t row) {
+  return row < a.kept_rows ? a.kept + row * a.v + a.first : a.fresh + (row - a.kept_rows) * a.block;
+}
+
+// Bias and the soft-cap's tanh, in place.
+static void finish_logits(const LossArgs& a, int64_t row) {
+  if (!a.bias && !(a.softcap > 0)) return;
+  float* z = logits_of(a, row);
+  for (int64_t c = 0; c < a.count; c += W) {
+    Vec s = load_logits(z + c, a.count - c);
+    if (a.bias) s += load_logits(a.bias + a.first + c, a.count - c);
+    if (a.softcap > 0) s = vtanh(s / splat(a.softcap));
+    store_some(z + c, a.count - c, s);
+  }
+}
+
+static void row_statistics(const LossArgs& a, int64_t row) {
+  finish_logits(a, row);
+  const float* z = logits_of(a, row);
+  LossState& state = a.state[row];
+  if (row < a.targets && a.labels[row] >= a.first && a.labels[row] < a.first + a.count)
+    state.picked = z[a.labels[row] - a.first];
+  const float gain = cap_gain(a.softcap);
+  Vec top = splat(-INFINITY);
+  for (int64_t c = 0; c < a.count; c += W) top = larger(load_logits(z + c, a.count - c), top);
+  const float kept_most = lane_max(top), most = kept_most * gain;
+  if (a.stats && most > state.largest) state.best = (double)(a.first + (std::find(z, z + a.count, kept_most) - z));
+  const float base = most == -INFINITY ? 0.f : most;  // -inf - -inf is not a number
+  const auto sum = [&](float factor) {
+    return sum_columns(a.count, [&](int64_t c, int64_t left) {
+      return exp_or_zero((load_logits(z + c, left) * splat(gain) - splat(base)) * splat(factor));
+    });
+  };
+  const double largest = std::max(state.largest, (double)most);
+  const auto merged = [&](double before, double now, double factor) {
+    if (largest == -INFINITY) return before + now;
+    return before * (state.largest == -INFINITY ? 1 : std::exp((state.largest - largest) * factor)) +
+           now * (most == -INFINITY ? 1 : std::exp((most - largest) * factor));
+  };
+  const float factor = 1 / a.temperature;
+  state.sum = merged(state.sum, sum(1.f), 1);
+  state.sum_tempered = factor == 1.f ? state.sum : merged(state.sum_tempered, sum(factor), factor);
+  state.largest = largest;
+}
+
+// Log of a probability in two steps: one rounded normaliser of the size of the logits would cost a digit.
+struct LogSoftmax {
+  Vec gain, largest, factor, log_sum;
+  LogSoftmax(const LossArgs& a, double top, double sum, float inverse_temperature)
+      : gain(splat(cap_gain(a.softcap))), largest(splat(top == -INFINITY ? 0.f : (float)top)),
+        factor(splat(inverse_temperature)), log_sum(splat((float)std::log(sum))) {}
+  Vec operator()(Vec kept) const { return (kept * gain - largest) * factor - log_sum; }
 };
 
-// Bias and the soft-cap's tanh in place, then maximum and sums of exponentials of `count` entries of 16 lanes. z [count][48].
-static void loss_statistics(float* z, int64_t count, const float* bias, float cap, float inverse_temperature, int64_t first,
-                            float* largest, float* sum, float* sum_tempered, int32_t* best) {
-  const Vec gain = splat(cap_gain(cap));
-  for (int64_t lane = 0; lane < 16; lane += W) {
-    Vec m = splat(-INFINITY);
-    IVec at = IVec{} + (int32_t)first;
-    for (int64_t v = 0; v < count; ++v) {
-      Vec s = load(z + v * kStrip + lane);
-      if (bias) s += splat(bias[v]);
-      if (cap > 0) s = vtanh(s / splat(cap));
-      if (bias || cap > 0) store(z + v * kStrip + lane, s);
-      s *= gain;
-      if (best) {
-        const IVec raised = s > m;
-        at = (raised & (IVec{} + (int32_t)(first + v))) | (~raised & at);
-      }
-      m = larger(s, m);
-    }
-    const Vec base = select(m == splat(-INFINITY), Vec{}, m);  // -inf - -inf is not a number
-    Vec total{}, tempered{};
-    for (int64_t v = 0; v < count; ++v) total += exp_or_zero(load(z + v * kStrip + lane) * gain - base);
-    if (inverse_temperature != 1.f)
-      for (int64_t v = 0; v < count; ++v)
-        tempered += exp_or_zero((load(z + v * kStrip + lane) * gain - base) * splat(inverse_temperature));
-    else
-      tempered = total;
-    store(largest + lane, m), store(sum + lane, total), store(sum_tempered + lane, tempered);
-    if (best) std::memcpy(best + lane, &at, sizeof at);
-  }
+static double row_entropy(const LossArgs& a, int64_t row) {
+  const float* z = logits_of(a, row);
+  const LogSoftmax log_softmax(a, a.state[row].largest, a.state[row].sum, 1.f);
+  return -sum_columns(a.count, [&](int64_t c, int64_t left) {
+    const Vec log_p = log_softmax(load_logits(z + c, left)), p = exp_or_zero(log_p);
+    return select(p == Vec{}, p, p * log_p);
+  });
 }
 
-// Log of a sum of exponentials from its blocks: sums [blocks][lanes] of exp((s - largest) * factor).
-static double merge_blocks(const float* largest, const float* sum, int64_t blocks, int64_t lanes, double factor) {
-  double m = -INFINITY, total = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (std::isnan(sum[b * lanes])) return NAN;
-    m = std::max(m, (double)largest[b * lanes]);
-  }
-  if (m == -INFINITY) return -INFINITY;
-  for (int64_t b = 0; b < blocks; ++b)
-    if (largest[b * lanes] > -INFINITY) total += sum[b * lanes] * std::exp((largest[b * lanes] - m) * factor);
-  return m * factor + std::log(total);
+// dL/dz of a draft row, and the block's share of its divergence.
+static void draft_gradient(const LossArgs& a, int64_t row) {
+  const int64_t teacher = a.teachers[row - a.targets];
+  const LossState& theirs = a.state[teacher];
+  LossState& own = a.state[row];
+  if (a.stats) own.entropy += row_entropy(a, row);
+  float* z = logits_of(a, row);
+  const float* z_teacher = logits_of(a, teacher);
+  const float inverse = 1 / a.temperature;
+  const LogSoftmax student(a, own.largest, own.sum_tempered, inverse), taught(a, theirs.largest, theirs.sum_tempered, inverse);
+  const Vec scale = splat(a.scale[row] * a.temperature);
+  const bool idle = a.scale[row] == 0;
+  own.divergence += sum_columns(a.count, [&](int64_t c, int64_t left) {
+    const Vec t = load_logits(z + c, left);
+    const Vec log_q = student(t), log_p = taught(load_logits(z_teacher + c, left));
+    const Vec q = exp_or_zero(log_q), p = exp_or_zero(log_p), difference = q - p;
+    if (a.gradients) store_some(z + c, left, idle ? Vec{} : scale * difference * cap_slope(t, a.softcap));
+    // q - p adds up to nothing, and makes each term the square of a small number where the streams agree: without it
+    // the rounding of the two normalisers would be all there is
+    return select(p == Vec{}, q, p * (log_p - log_q) + difference);
+  });
 }
 
-// What 16 rows carry through the second pass; arrays of 16.
-struct Lanes {
-  const float* lse;           // of s
-  const float* lse_tempered;  // of s / temperature
-  const float* scale;         // of the row's term; 0: no gradient
-};
-
-// dL/dz of 16 draft rows in place, and their share of the divergence. teacher(v, lane) gives what is kept of the teacher's logits.
-template <class Teacher>
-static void loss_draft_gradient(float* z, int64_t count, const Teacher& teacher, Lanes own, const float* teacher_lse,
-                                float inverse_temperature, float cap, bool gradients, float* divergence, float* p_log_p) {
-  const Vec factor = splat(inverse_temperature), gain = splat(cap_gain(cap));
-  for (int64_t lane = 0; lane < 16; lane += W) {
-    const Vec lse = load(own.lse_tempered + lane), their_lse = load(teacher_lse + lane);
-    const Vec lse_plain = load(own.lse + lane), scale = load(own.scale + lane) / factor;
-    const IVec idle = scale == Vec{};
-    Vec sum{}, entropy{};
-    for (int64_t v = 0; v < count; ++v) {
-      const Vec t = load(z + v * kStrip + lane), s = t * gain;
-      const Vec log_q = s * factor - lse, log_p = teacher(v, lane) * gain * factor - their_lse;
-      const Vec q = exp_or_zero(log_q), p = exp_or_zero(log_p);
-      const Vec difference = q - p;
-      // q - p adds up to nothing, and makes each term the square of a small number where the streams agree: without it
-      // the rounding of the two normalisers would be all there is
-      sum += select(p == Vec{}, q, p * (log_p - log_q) + difference);
-      if (p_log_p) {
-        const Vec e = exp_or_zero(s - lse_plain);
-        entropy += select(e == Vec{}, e, e * (s - lse_plain));
-      }
-      if (!gradients) continue;
-      store(z + v * kStrip + lane, select(idle, Vec{}, scale * difference * cap_slope(t, cap)));
-    }
-    store(divergence + lane, sum);
-    if (p_log_p) store(p_log_p + lane, entropy);
+static void target_gradient(const LossArgs& a, int64_t row) {
+  LossState& own = a.state[row];
+  if (a.stats) own.entropy += row_entropy(a, row);
+  if (!a.gradients) return;
+  float* z = logits_of(a, row);
+  if (a.scale[row] == 0) {  // no gradient, whatever the logits are
+    std::memset(z, 0, a.count * sizeof(float));
+    return;
   }
+  const LogSoftmax log_softmax(a, own.largest, own.sum, 1.f);
+  const Vec scale = splat(a.scale[row]);
+  for (int64_t c = 0; c < a.count; c += W) {
+    const Vec t = load_logits(z + c, a.count - c);
+    store_some(z + c, a.count - c, scale * exp_or_zero(log_softmax(t)) * cap_slope(t, a.softcap));
+  }
+  const int64_t label = a.labels[row] - a.first;
+  if (label >= 0 && label < a.count) z[label] -= a.scale[row] * cap_slope(splat((float)own.picked), a.softcap)[0];
 }
 
-// dL/dz of 16 target rows in place, but for the label's entry.
-static void loss_target_gradient(float* z, int64_t count, Lanes own, float cap, bool gradients, float* p_log_p) {
-  const Vec gain = splat(cap_gain(cap));
-  for (int64_t lane = 0; lane < 16; lane += W) {
-    const Vec lse = load(own.lse + lane), scale = load(own.scale + lane);
-    const IVec idle = scale == Vec{};
-    Vec entropy{};
-    for (int64_t v = 0; v < count; ++v) {
-      const Vec t = load(z + v * kStrip + lane), s = t * gain, p = exp_or_zero(s - lse);
-      if (p_log_p) entropy += select(p == Vec{}, p, p * (s - lse));
-      if (gradients) store(z + v * kStrip + lane, select(idle, Vec{}, scale * p * cap_slope(t, cap)));
-    }
-    if (p_log_p) store(p_log_p + lane, entropy);
+static int loss_threads(const LossArgs& a) { return a.rows * a.count < 16384 ? 1 : a.threads; }
+
+static void loss_statistics(const LossArgs& a) {
+#pragma omp parallel for num_threads(loss_threads(a)) schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row) row_statistics(a, row);
+}
+
+// Draft rows first: they read their teachers' logits, which then become gradients.
+static void loss_gradient(const LossArgs& a) {
+#pragma omp parallel num_threads(loss_threads(a))
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = a.kept_rows; row < a.rows; ++row) finish_logits(a, row);
+#pragma omp for schedule(static)
+    for (int64_t row = a.targets; row < a.rows; ++row) draft_gradient(a, row);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.targets; ++row) target_gradient(a, row);
   }
 }

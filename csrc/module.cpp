@@ -139,28 +139,29 @@ PyObject* py_gated_activation(PyObject*, PyObject* const* args, Py_ssize_t count
   return run(r, [&] { k->gated_activation(gate_up, out, rows, width, gelu, threads); });
 }
 
-PyObject* py_consistency_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 32);
-  const Kernels* k = r.kernels();
+LossArgs read_loss(Reader& r) {
   LossArgs a;
-  a.target_hidden = r.pointer<void>(), a.draft_hidden = r.pointer<void>(), a.weight = r.pointer<void>();
-  a.bias = r.pointer<float>(), a.target_rows = r.pointer<int64_t>(), a.draft_rows = r.pointer<int64_t>();
-  a.teachers = r.pointer<int64_t>(), a.labels = r.pointer<int64_t>();
-  a.ce_scale = r.pointer<float>(), a.kl_scale = r.pointer<float>();
-  a.cross_entropy = r.pointer<float>(), a.divergence = r.pointer<float>();
-  a.grad_hidden_target = r.pointer<void>(), a.grad_hidden_draft = r.pointer<void>();
-  a.grad_weight = r.pointer<void>(), a.grad_bias = r.pointer<float>();
-  a.lse = r.pointer<float>(), a.entropy = r.pointer<float>(), a.agrees = r.pointer<bool>();
-  a.m = r.integer(), a.d = r.integer(), a.v = r.integer(), a.targets = r.integer(), a.drafts = r.integer();
-  a.stored_panels = r.integer(), a.softcap = r.real(), a.temperature = r.real();
-  a.weight_type = static_cast<WeightType>(r.integer()), a.accumulate = r.integer() != 0;
-  a.threads = static_cast<int>(r.integer());
-  char* workspace = r.pointer<char>();
-  int64_t bytes = 0;
-  PyObject* done = run(r, [&] { bytes = k->consistency_loss(a, workspace); });
-  if (!done) return nullptr;
-  Py_DecRef(done);
-  return PyLong_FromLongLong(bytes);
+  a.kept = r.pointer<float>(), a.fresh = r.pointer<float>(), a.bias = r.pointer<float>();
+  a.labels = r.pointer<int64_t>(), a.teachers = r.pointer<int64_t>(), a.scale = r.pointer<float>();
+  a.state = r.pointer<LossState>();
+  a.rows = r.integer(), a.targets = r.integer(), a.kept_rows = r.integer(), a.v = r.integer(), a.block = r.integer();
+  a.softcap = r.real(), a.temperature = r.real(), a.gradients = r.integer() != 0, a.stats = r.integer() != 0;
+  a.threads = static_cast<int>(r.integer()), a.first = r.integer(), a.count = r.integer();
+  return a;
+}
+
+PyObject* py_loss_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 20);
+  const Kernels* k = r.kernels();
+  const LossArgs a = read_loss(r);
+  return run(r, [&] { k->loss_statistics(a); });
+}
+
+PyObject* py_loss_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 20);
+  const Kernels* k = r.kernels();
+  const LossArgs a = read_loss(r);
+  return run(r, [&] { k->loss_gradient(a); });
 }
 
 PyObject* py_pack_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -188,7 +189,7 @@ PyObject* py_embed(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {DIFFPO_METHOD(kernels),       DIFFPO_METHOD(linear),   DIFFPO_METHOD(linear_argmax),
                          DIFFPO_METHOD(attention),     DIFFPO_METHOD(rope_kv_write), DIFFPO_METHOD(rms_norm),
                          DIFFPO_METHOD(gated_activation), DIFFPO_METHOD(pack_weight), DIFFPO_METHOD(embed),
-                         DIFFPO_METHOD(consistency_loss),
+                         DIFFPO_METHOD(loss_statistics), DIFFPO_METHOD(loss_gradient),
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels of engine.kernels.", -1, methods,

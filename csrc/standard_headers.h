@@ -7,9 +7,6 @@
 #include <memory>
 #include <new>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif

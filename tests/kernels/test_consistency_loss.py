@@ -20,8 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 )
 def test_loss_and_gradients(m: int, drafts: int, d: int, v: int, dtype: torch.dtype, loss_impl: LossImpl) -> None:
     case = random_case(m, drafts, d, v, dtype=dtype, ignored=0.3 if m > 1 else 0, omega=7.0)
-    # float16 is the reference's on a CPU
-    assert_close(run(case, "auto" if (loss_impl, dtype) == ("cpp", torch.float16) else loss_impl), case)
+    assert_close(run(case, loss_impl), case)
 
 
 @pytest.mark.parametrize(

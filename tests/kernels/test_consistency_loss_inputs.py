@@ -81,9 +81,9 @@ def test_implementations_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
         ValueError, match=r'impl="triton" cannot run here: it needs tensors on a GPU, got cpu; use impl="auto"'
     ):
         call(impl="triton")
-    half = {name: getattr(CASE, of).half() for name, of in (("target_hidden", "target"), ("draft_hidden", "draft"))}
+    wide = {name: getattr(CASE, of).double() for name, of in (("target_hidden", "target"), ("draft_hidden", "draft"))}
     with pytest.raises(ValueError, match='impl="cpp" cannot run here'):
-        call(impl="cpp", lm_head_weight=CASE.weight.half(), **half)
+        call(impl="cpp", lm_head_weight=CASE.weight.double(), **wide)
 
 
 def test_a_sharded_head_is_refused() -> None:
