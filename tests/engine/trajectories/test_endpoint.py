@@ -67,7 +67,9 @@ def test_a_server_that_fails_now_and_then(tmp_path: Path, capsys: pytest.Capture
         assert call(*arguments(tmp_path, flaky, "--price-in", 1, "--price-out", 2)) == 0
         assert len(flaky.bodies) == asked
     assert (tmp_path / "out.jsonl").read_bytes() == before
-    assert "20 answers (0 cut at the limit), 200 prompt tokens, 100 answer tokens, cost 0.0004" in capsys.readouterr().err
+    assert (
+        "20 answers (0 cut at the limit), 200 prompt tokens, 100 answer tokens, cost 0.0004" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out.jsonl.errors").exists()
 
 

@@ -33,7 +33,13 @@ def shape(fields: dict[str, Any], **options: bool) -> tuple[str, list[tuple[str,
         ({"messages": [USER, ANSWER]}, []),
         ({"instruction": "Why?", "output": "Because.", "generator": "m"}, [("m", "Because.", None)]),
         (
-            {"prompt": "Why?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "score_chosen": 8, "score_rejected": 5},
+            {
+                "prompt": "Why?",
+                "chosen": [USER, ANSWER],
+                "rejected": [USER, OTHER],
+                "score_chosen": 8,
+                "score_rejected": 5,
+            },
             [("rejected", "No idea.", 5.0), ("chosen", "Because.", 8.0)],
         ),
         (
@@ -125,7 +131,10 @@ def test_repeats_are_kept_once(tmp_path: Path) -> None:
     ) == 3  # fmt: skip
     one, two = read(out)
     assert (one["prompt_id"], one["prompt"]) == (1, "What  is\nthis? ")
-    assert [(r["model"], r["text"], r["reward"]) for r in one["responses"]] == [("a", "same\n", 2.0), ("c", "sa me", 1.0)]
+    assert [(r["model"], r["text"], r["reward"]) for r in one["responses"]] == [
+        ("a", "same\n", 2.0),
+        ("c", "sa me", 1.0),
+    ]
     assert two["prompt_id"] == f"1-{prompt_key('Another')}"
     (told,) = read(tmp_path / "out.jsonl.errors")
     assert (told["file"], told["row"]) == (str(tmp_path / "a.jsonl"), 0)
