@@ -109,7 +109,10 @@ class Build:
         for source in self.responses:
             collected.add_file(source, pair_rewards=self.pair_rewards, only_known=True)
         rows = collected.finished(self.sample, self.seed)
-        say(f"{len(rows)} prompts ({collected.repeated} repeated ones left out, {len(collected.bad)} bad rows)")
+        say(
+            f"{len(rows)} prompts ({collected.repeated} repeated, {len(collected.bad)} bad rows, "
+            f"{collected.unmatched} rows of --responses belong to none of them)"
+        )
         with open_book(self.journal, self.settings(), self.overwrite, self.retry_errors) as book:
             _Answers(self, rows, book, say, check).complete()
             errors = self._assemble(rows, collected.bad)
@@ -192,7 +195,7 @@ class _Answers:
             if all(response.model != model.name for response in row.responses)  # else it has answered already
         }
         self.tally = Tally({model.name: (model.price_in, model.price_out) for model in job.models}, say)
-        self.failures = 0
+        self.failures = dict.fromkeys((model.url for model in job.models), 0)
 
     def complete(self) -> None:
         self.tally.start(len(self.wanted), self.book.done.count)
@@ -243,8 +246,15 @@ class _Answers:
                         self._take(unit, *asked.pop(unit), answer)
                     self.book.tick(idle=True)  # what was paid for is on disk before the next is asked
             finally:
+                self._keep(pool, asked)
                 for endpoint in endpoints.values():
                     endpoint.close()
+
+    def _keep(self, pool: Pool, asked: dict[int, tuple[TrajectoryRow, Model]]) -> None:
+        """Answers that are there when the job ends early: they are paid for."""
+        for unit, answer in pool.finished(0.0):
+            if isinstance(answer, Answer):
+                self._take(unit, *asked.pop(unit), answer)
 
     def _ask_checkpoints(self) -> None:
         for model in self.job.models:
@@ -265,17 +275,17 @@ class _Answers:
     def _take(self, unit: int, row: TrajectoryRow, model: Model, answer: Answer | BaseException) -> None:
         line: dict[str, Any] = {"prompt_id": row.prompt_id, "model": model.name}
         if isinstance(answer, Answer):
-            self.failures = 0
+            self.failures[model.url] = 0
             line |= {**asdict(answer), "index": unit, "error": None}
         elif isinstance(answer, EngineError) and not isinstance(answer, EndpointRefused):
             line |= {"index": unit, "error": error_fields(answer)}
-            self.failures += isinstance(answer, EndpointError)
+            self.failures[model.url] += isinstance(answer, EndpointError)
         else:
             raise answer
         self.book.write(unit, encode(line))
         self.tally.add(line)
-        if self.failures >= MOST_FAILURES * self.job.client.concurrency:
+        if self.failures[model.url] >= MOST_FAILURES * self.job.client.concurrency:
             raise EndpointRefused(
-                f"{self.failures} requests in a row failed, the last one: {answer}; run the same command again with "
+                f"{self.failures[model.url]} requests in a row failed, the last one: {answer}; run the same command again with "
                 "--retry-errors once the endpoint answers"
             )

@@ -62,10 +62,17 @@ def _source(path: str) -> Source:
     return source
 
 
+def _output(output: str, sources: Sequence[str]) -> Path:
+    path = Path(output)
+    for source in sources:
+        check_output(path, source)
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"the output is JSON lines, got the name {path.name!r}: use .jsonl")
+    return path
+
+
 def _build(args: argparse.Namespace, say: Callable[[str], None], signals: Signals) -> int:
-    output = Path(args.output)
-    for path in (*args.prompts, *args.responses):
-        check_output(output, path)
+    output = _output(args.output, [*args.prompts, *args.responses])
     load_options = {name: getattr(args, name) for name in ("dtype", "device", "trust_remote_code")}
     with signals.at_once():
         job = Build(
@@ -123,8 +130,7 @@ def _models(args: argparse.Namespace) -> list[Model]:
 
 
 def _score(args: argparse.Namespace, say: Callable[[str], None], signals: Signals) -> int:
-    output = Path(args.output)
-    check_output(output, args.input)
+    output = _output(args.output, [args.input, *([args.rewards] if args.rewards else [])])
     with signals.at_once():
         source = _source(args.input)
         identity, load = _scorer(args, say)

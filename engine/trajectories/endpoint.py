@@ -25,6 +25,10 @@ class EndpointError(EngineError):
     """The endpoint gave no usable answer to one request, retries included; the others go on."""
 
 
+class EmptyAnswer(EngineError):
+    """A local model had nothing to say."""
+
+
 class EndpointRefused(EngineError):
     """The endpoint refuses every request, or has been gone for too long: the job ends, the same command goes on later."""
 
@@ -59,6 +63,8 @@ def completions_url(endpoint: str) -> str:
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
         raise ValueError(f"--endpoint must be a URL such as http://127.0.0.1:8000/v1, got {endpoint!r}")
+    if parts.username or parts.password:  # the URL is recorded beside the output
+        raise ValueError("--endpoint must not hold a user name or password: a key is given with --api-key-env")
     path = parts.path.rstrip("/") or "/v1"
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.trajectories.endpoint import Answer, Sampling
+from engine.trajectories.endpoint import Answer, EmptyAnswer, Sampling
 from engine.trajectories.schema import TrajectoryRow
 
 
@@ -40,5 +40,5 @@ def answer_all(
 
 def _answer(text: str | None, reason: str, tokens: int) -> Answer | EngineError:
     if not text or not text.strip():
-        return EngineError("the answer is empty")
+        return EmptyAnswer("the model ended its answer before the first word")
     return Answer(text=text, truncated=reason == "length", completion_tokens=tokens)

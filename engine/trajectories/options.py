@@ -76,7 +76,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "they are, with the responses they hold (.jsonl, .json, either gzipped, .parquet)"
     )
     group.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=text)
-    text = "existing responses to these prompts, in the same formats; others are told and left out"
+    text = "existing responses to these prompts, in the same formats; those to other prompts are left out"
     group.add_argument("--responses", nargs="+", default=[], metavar="FILE", help=text)
     text = "trajectories; beside it lie the models' answers (.responses, what a run is resumed from) and .errors"
     group.add_argument("--output", required=True, metavar="FILE", help=text)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from engine.errors import EngineError, InvalidRequest, InvalidTrajectory
 from engine.job.book import open_book
+from engine.job.report import REPORT_SECONDS
 from engine.job.rows import encode
 from engine.job.source import Source
 from engine.trajectories.schema import (
@@ -150,6 +152,7 @@ class Score:
         with open_book(self.output, settings, self.overwrite, self.retry_errors) as book:
             rows = errors = missing = 0
             scorer: Scorer | None = None
+            told = time.monotonic()
             for group in self._groups():
                 check()
                 rows += len(group)
@@ -165,6 +168,9 @@ class Score:
                     missing += sum(response["reward"] is None for response in fields.get("responses", ()))
                     book.write(number, encode(fields))
                 book.flush()
+                if time.monotonic() - told >= REPORT_SECONDS:
+                    told = time.monotonic()
+                    say(f"{rows} rows, {errors} errors")
             errors += book.errors
             book.finish(rows)
         say(

@@ -35,6 +35,8 @@ class Collection:
     bad: list[BadRow] = field(default_factory=list)
     repeated: int = 0
     """Prompts that had come before."""
+    unmatched: int = 0
+    """Rows left out because their prompt is not among the known ones."""
 
     def add_file(self, source: Source, *, pair_rewards: bool = False, only_known: bool = False) -> None:
         """Reads a file; with ``only_known`` what belongs to none of the prompts so far is left out. Raises OSError."""
@@ -42,14 +44,14 @@ class Collection:
         def parse(fields: Fields) -> TrajectoryRow:
             return parse_any(fields, pair_rewards=pair_rewards)
 
-        for number, row in read_checked(source, parse):
+        for _, row in read_checked(source, parse):
             if isinstance(row, BadRow):
                 self.bad.append(row)
                 continue
             key = prompt_key(row.prompt)
             known = self.rows.get(key)
             if known is None and only_known:
-                self.bad.append(BadRow(source.path, number, "its prompt is in none of the --prompts files"))
+                self.unmatched += 1
             elif known is None:
                 self.rows[key] = row
             else:
@@ -88,9 +90,9 @@ def parse_any(fields: Fields, *, pair_rewards: bool = False) -> TrajectoryRow:
 
 
 def _prompt(fields: Fields) -> TrajectoryRow:
-    if fields.get("messages") is not None:
-        messages = checked_messages(_without_answer(fields["messages"]))
-        return _row(fields, messages)
+    chat = fields["prompt"] if isinstance(fields.get("prompt"), list) else fields.get("messages")
+    if chat is not None:
+        return _row(fields, checked_messages(_without_answer(chat)))
     name = next((name for name in ("prompt", "instruction") if fields.get(name) is not None), None)
     if name is None:
         raise InvalidTrajectory(

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-REPORT_SECONDS = 10.0
+from engine.job.report import REPORT_SECONDS
 
 
 class Tally:

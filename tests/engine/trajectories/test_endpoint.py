@@ -128,6 +128,21 @@ def test_an_endpoint_that_refuses_everything_ends_the_job(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_quick")
+def test_two_endpoints_and_answers_that_are_there_already(tmp_path: Path) -> None:
+    """One of them cuts its answers; a prompt that has a model's answer is not asked again."""
+    rows = [{"prompt_id": f"p{i}", "prompt": f"Question {i}?"} for i in range(2)]
+    rows[0]["responses"] = [{"model": "large", "text": "known", "reward": 3.0}]  # type: ignore[assignment]
+    rows[1]["responses"] = []  # type: ignore[assignment]
+    write(tmp_path / "prompts.jsonl", rows)
+    with serve(Flaky()) as small, serve(Flaky(always="length")) as large:
+        assert call(*arguments(tmp_path, small, "--endpoint", large.url)) == 0
+        assert [sum(flaky.answered.values()) for flaky in (small, large)] == [2, 1]
+    first, second = read(tmp_path / "out.jsonl")
+    assert [(r["model"], r["reward"]) for r in first["responses"]] == [("large", 3.0), ("small", None)]
+    assert [r.get("truncated") for r in second["responses"]] == [None, True]
+
+
+@pytest.mark.usefixtures("_quick")
 def test_an_endpoint_that_is_gone_ends_the_job(tmp_path: Path) -> None:
     prompts(tmp_path, 50)
     with serve(Flaky()) as flaky:
@@ -219,7 +234,7 @@ def test_url(url: str, posted: str) -> None:
     assert completions_url(url) == posted
 
 
-@pytest.mark.parametrize("url", ["a:1", "ftp://a", "http://", "http://a?key=1"])
+@pytest.mark.parametrize("url", ["a:1", "ftp://a", "http://", "http://a?key=1", "http://me:secret@a"])
 def test_url_is_checked(url: str) -> None:
-    with pytest.raises(ValueError, match="--endpoint must be a URL"):
+    with pytest.raises(ValueError, match="--endpoint must"):
         completions_url(url)

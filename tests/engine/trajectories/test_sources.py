@@ -30,6 +30,7 @@ def shape(fields: dict[str, Any], **options: bool) -> tuple[str, list[tuple[str,
         ({"prompt": "Why?"}, []),
         ({"instruction": "Why?", "input": ""}, []),
         ({"messages": [USER]}, []),
+        ({"prompt": [USER]}, []),
         ({"messages": [USER, ANSWER]}, []),
         ({"instruction": "Why?", "output": "Because.", "generator": "m"}, [("m", "Because.", None)]),
         (
@@ -112,7 +113,7 @@ def test_bad_rows_cost_only_themselves(tmp_path: Path) -> None:
     assert str(got[1]).startswith(f"{path}, row 1: ")
 
 
-def test_repeats_are_kept_once(tmp_path: Path) -> None:
+def test_repeats_are_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [
         {"prompt_id": 1, "prompt": "What  is\nthis? "},
         {"prompt_id": 2, "prompt": "What is this?"},
@@ -128,7 +129,7 @@ def test_repeats_are_kept_once(tmp_path: Path) -> None:
     assert call(
         "build", "--prompts", write(tmp_path / "p.jsonl", prompts), "--responses", write(tmp_path / "a.jsonl", first),
         write(tmp_path / "b.jsonl", [more]), "--output", out,
-    ) == 3  # fmt: skip
+    ) == 0  # fmt: skip
     one, two = read(out)
     assert (one["prompt_id"], one["prompt"]) == (1, "What  is\nthis? ")
     assert [(r["model"], r["text"], r["reward"]) for r in one["responses"]] == [
@@ -136,8 +137,15 @@ def test_repeats_are_kept_once(tmp_path: Path) -> None:
         ("c", "sa me", 1.0),
     ]
     assert two["prompt_id"] == f"1-{prompt_key('Another')}"
-    (told,) = read(tmp_path / "out.jsonl.errors")
-    assert (told["file"], told["row"]) == (str(tmp_path / "a.jsonl"), 0)
+    assert "1 rows of --responses belong to none" in capsys.readouterr().err
+
+
+def test_bad_rows_of_a_build_are_told(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl", [b"{", row(0, ("m", "t", 1.0)), row(1), {"prompt": "q", "responses": [1]}])
+    assert call("build", "--prompts", source, "--output", tmp_path / "out.jsonl") == 3
+    assert read(tmp_path / "out.jsonl") == [row(0, ("m", "t", 1.0))]
+    told = read(tmp_path / "out.jsonl.errors")
+    assert [(line.get("row"), line.get("prompt_id")) for line in told] == [(0, None), (3, None), (None, "p1")]
 
 
 def test_parquet_and_sample(tmp_path: Path) -> None:
