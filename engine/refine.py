@@ -7,14 +7,23 @@ was. ``--help`` describes rows, options and exit status; the work is done in ``e
 import argparse
 import contextlib
 import dataclasses
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.job.command import (
+    EXIT_ERROR_ROWS,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    check_output,
+    engine_logs,
+    explain,
+)
 from engine.job.interrupt import Interrupted, Signals
 from engine.job.output import Refused, record_path
 from engine.job.report import Reporter
@@ -28,9 +37,6 @@ from engine.options import DEFAULT_CONDITION, RefineOptions
 if TYPE_CHECKING:
     from engine.refiner import Refiner
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-OTHER_FORMATS = (".csv", ".gz", ".parquet", ".tsv", ".zip", ".zst")
-"""Names of outputs that would promise what they don't hold."""
 LOAD_DEFAULTS = {
     "dtype": "float32",
     "device": "cpu",
@@ -164,7 +170,7 @@ def build_job(args: argparse.Namespace, shard: Shard | None) -> "tuple[Job, Call
     """The job of a command line, and what loads its model. Raises ValueError, OSError, EngineError."""
     output = None if args.output == "-" else Path(args.output)
     if output is not None:
-        _check_output(output, args.input)
+        check_output(output, args.input)
         if shard and output.exists() and not output.is_file():
             raise ValueError(f"the output {output} of a --data-parallel job must be a regular file")
     if args.metrics_file is not None:
@@ -201,45 +207,12 @@ def build_job(args: argparse.Namespace, shard: Shard | None) -> "tuple[Job, Call
     return job, lambda: Refiner.from_pretrained(checkpoint, **load_options)
 
 
-def _check_output(output: Path, source: str) -> None:
-    if output.exists() and source != "-" and os.path.samefile(output, source):
-        raise ValueError(f"the output {output} is the input: give another file")
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"the output {output} must be a file in a folder that exists")
-    if output.suffix.lower() in OTHER_FORMATS:
-        raise ValueError(f"the output is JSON lines, or for .json an array; got the name {output.name!r}: use .jsonl")
-
-
 def _check_metrics(metrics: Path, others: list[Path]) -> None:
     for path in others:
         if metrics.resolve() == path.resolve() or (metrics.exists() and path.exists() and metrics.samefile(path)):
             raise ValueError(f"--metrics-file {metrics} would overwrite {path}: give another file")
     if metrics.is_dir() or not metrics.parent.is_dir():
         raise ValueError(f"--metrics-file {metrics} must be a file in a folder that exists")
-
-
-def _explain(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    return text if isinstance(error, EngineError | ValueError | OSError) and text else f"{type(error).__name__}: {text}"
-
-
-@contextlib.contextmanager
-def _logs(say: Callable[[str], None]) -> Iterator[None]:
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say(f"{record.name}: {record.getMessage()}")
-
-    logger, handler = logging.getLogger("engine"), Handler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 class _CannotStart(Exception):
@@ -279,7 +252,7 @@ def _run(job: Job, load: "Callable[[], Refiner]", reporter: Reporter, signals: S
     except StoppedAtError as error:
         status, state, failure = EXIT_ERROR_ROWS, "stopped", f"stopped at {error}"
     except (OSError, EngineError) as error:
-        status, state, failure = EXIT_FAILED, "failed", f"error: {_explain(error)}"
+        status, state, failure = EXIT_FAILED, "failed", f"error: {explain(error)}"
     else:
         # of a data-parallel job only the last rank may fail: torchrun ends the others as soon as one does
         status, state = EXIT_ERROR_ROWS if errors else EXIT_OK, "finished"
@@ -302,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = metrics.with_name(f"{metrics.name}.rank{shard.rank}")
     reporter = Reporter(metrics, shard.rank if shard else None)
     grace = args.grace if shard else 0.0
-    with _logs(reporter.say), Signals(grace) as signals, contextlib.closing(reporter):
+    with engine_logs(reporter.say), Signals(grace) as signals, contextlib.closing(reporter):
         try:
             with signals.at_once():
                 job, load = _prepare(args, shard)
@@ -311,12 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             reporter.say(f"interrupted by {error}")
             return error.exit_status
         except _CannotStart as error:
-            reporter.say(f"error: {_explain(error.__cause__ or error)}")
+            reporter.say(f"error: {explain(error.__cause__ or error)}")
             return EXIT_USAGE
         try:
             reporter.end(state)
         except OSError as error:
-            reporter.say(f"error: the metrics could not be written: {_explain(error)}")
+            reporter.say(f"error: the metrics could not be written: {explain(error)}")
             return EXIT_FAILED
         return status
 

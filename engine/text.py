@@ -27,6 +27,22 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
+def tokens_behind_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template puts behind an assistant's answer; nothing where it has no such turns."""
+    if not tokenizer.chat_template:
+        return []
+    mark = "answer"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception as error:  # as in _render; such a template does not say how a turn ends
+        logger.info("the chat template refuses an assistant's turn: %s", error)
+        return []
+    _, found, after = text.rpartition(mark)
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return ids
+
+
 class TextCodec:
     """Turns requests into prompt and draft ids."""
 
@@ -122,18 +138,7 @@ class TextCodec:
     def _end_of_turn(self) -> list[int]:
         """The EOS token that ends an assistant's turn in the template; Gemma's, for one, is not the tokenizer's own EOS."""
         tokenizer = self._need_tokenizer()
-        tail: list[int] = []
-        if tokenizer.chat_template:
-            mark = "answer"
-            chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-            try:
-                text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-            except Exception as error:  # as in _render; such a template does not say how a turn ends
-                logger.info("the chat template refuses an assistant's turn: %s", error)
-                text = ""
-            _, found, after = text.rpartition(mark)
-            tail = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-        candidates = [*tail, tokenizer.eos_token_id]
+        candidates = [*tokens_behind_answer(tokenizer), tokenizer.eos_token_id]
         return [token for token in candidates if token in self.vocabulary.eos][:1]
 
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -82,11 +82,11 @@ class Row:
     def line(self, token_ids: bool) -> bytes:
         """The output row as a line of JSON."""
         try:
-            return _encode(self._output(token_ids))
+            return encode(self._output(token_ids))
         except (ValueError, TypeError, RecursionError) as error:  # nested as deep as can be read, or not JSON's
             self.error = InvalidRequest(f"the row's other fields cannot be written as JSON: {error}")
             self.carried = {}
-            return _encode(self._output(token_ids))
+            return encode(self._output(token_ids))
 
     def _output(self, token_ids: bool) -> Fields:
         row = {name: value for name, value in self.carried.items() if name not in OWN_FIELDS}
@@ -128,7 +128,8 @@ class Row:
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-def _encode(row: Fields) -> bytes:
+def encode(row: Fields) -> bytes:
+    """A row as a line of JSON. Raises ValueError, TypeError or RecursionError where JSON has no form for it."""
     try:
         return f"{_ENCODER.encode(row)}\n".encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON has only as an escape

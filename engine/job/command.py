@@ -1,0 +1,50 @@
+"""What the command lines have in common: exit status, errors in one line, log messages, checks of an output's name."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from engine.errors import EngineError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+OTHER_FORMATS = (".csv", ".gz", ".parquet", ".tsv", ".zip", ".zst")
+"""Names of outputs that would promise what they don't hold."""
+
+
+def check_output(output: Path, source: str) -> None:
+    """Raises ValueError unless rows of ``source`` can be written there."""
+    if output.exists() and source != "-" and os.path.samefile(output, source):
+        raise ValueError(f"the output {output} is the input: give another file")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"the output {output} must be a file in a folder that exists")
+    if output.suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"the output is JSON lines, or for .json an array; got the name {output.name!r}: use .jsonl")
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line; with its type, unless its message was written for the user."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return text if isinstance(error, EngineError | ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def engine_logs(say: Callable[[str], None]) -> Iterator[None]:
+    """In a ``with`` block, what the engine logs is said too."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"{record.name}: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("engine"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -1,0 +1,98 @@
+"""Rewards of a sequence classification model of transformers, ArmoRM's kind included."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.errors import UnsupportedModel
+from engine.text import load_tokenizer
+from engine.trajectories.score import Pending, Scored, ScoringFailed
+
+
+class RewardModel:
+    """Scores a chat of prompt and response: ``output.score`` where the model gives one, else its only logit."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int | None
+    ) -> None:
+        self._model, self._tokenizer = model.eval(), tokenizer
+        self._pad: int | None = tokenizer.pad_token_id
+        # these models read the state of the last token that is not padding: without a pad token of its own, or with one
+        # that also ends a text, that would be another token
+        if self._pad is None or self._pad == tokenizer.eos_token_id:
+            self._pad, batch_size = None, 1
+        model.config.pad_token_id = self._pad
+        self._batch_size = batch_size
+        limit = getattr(model.config, "max_position_embeddings", None)
+        self._max_length = max_length or (limit if isinstance(limit, int) else None)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: str,
+        dtype: str,
+        batch_size: int,
+        max_length: int | None,
+        trust_remote_code: bool,
+    ) -> "RewardModel":
+        """Raises UnsupportedModel, OSError, ValueError."""
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        if tokenizer is None:
+            raise UnsupportedModel(f"{folder} holds no tokenizer: a reward model needs its own")
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise UnsupportedModel(
+                f"{folder} has no weights for {missing[:3]!s:.200}: it is no reward model of this class, and what these "
+                "layers would give is random; if it brings its own class, see --trust-remote-code"
+            )
+        return cls(model.to(device), tokenizer, batch_size=batch_size, max_length=max_length)
+
+    def score(self, pending: Pending) -> Scored:
+        ids = [self._encode(row.chat(), response.text, response.truncated) for row, response in pending]
+        fits = [i for i, tokens in enumerate(ids) if self._max_length is None or len(tokens) <= self._max_length]
+        fits.sort(key=lambda i: len(ids[i]))  # less padding
+        rewards: Scored = [None] * len(ids)
+        for start in range(0, len(fits), self._batch_size):
+            batch = fits[start : start + self._batch_size]
+            for i, value in zip(batch, self._forward([ids[i] for i in batch]), strict=True):
+                rewards[i] = value
+        return rewards
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[list[int]]) -> list[float]:
+        longest, pad = max(map(len, batch)), self._pad or 0
+        input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in batch], device=self._model.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch], device=self._model.device)
+        output = self._model(input_ids=input_ids, attention_mask=mask)
+        score = getattr(output, "score", None)
+        values = output.logits if score is None else score
+        if values.numel() != len(batch):
+            raise UnsupportedModel(
+                f"a reward model must give one number per text, got {list(values.shape)} for {len(batch)} texts: "
+                "a classifier of several labels is none"
+            )
+        numbers: list[float] = values.float().reshape(-1).tolist()
+        return numbers
+
+    def _encode(self, chat: list[dict[str, str]], text: str, truncated: bool) -> list[int]:
+        tokenizer = self._tokenizer
+        if not tokenizer.chat_template:
+            if len(chat) > 1:
+                raise ScoringFailed("the reward model has no chat template: it can score single prompts only")
+            pair: list[int] = tokenizer(chat[0]["content"], text)["input_ids"]
+            return pair
+        turns: list[dict[str, Any]] = [*chat, {"role": "assistant", "content": text}]
+        try:
+            rendered = tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=truncated)
+        except Exception as error:  # the checkpoint's own template refuses chats in its own words
+            raise ScoringFailed(f"the reward model's chat template refuses this chat: {error}") from error
+        # the rendered text already has its special tokens
+        ids: list[int] = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        return ids

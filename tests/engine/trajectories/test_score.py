@@ -1,0 +1,223 @@
+"""Rewards from models, files and functions: kept, given again, resumed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from engine.refiner import DEFAULT_CHECKPOINT
+from tests.engine.trajectories.helpers import call, read, row, write
+
+ROWS = [
+    row(0, ("a", "short", None), ("b", "a rather longer answer, with a comma", 9.0)),
+    row(1, ("a", "one", None), ("b", "", None), ("c", "three three", None)),
+    row(2),
+]
+
+REMOTE = """
+from dataclasses import dataclass
+import torch
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.utils import ModelOutput
+
+@dataclass
+class Out(ModelOutput):
+    logits: torch.Tensor = None
+    score: torch.Tensor = None
+
+class Gated(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.heads = torch.nn.Linear(config.hidden_size, 4)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        last = hidden[torch.arange(len(hidden)), attention_mask.sum(1) - 1]
+        return Out(logits=self.heads(last), score=attention_mask.sum(1).float())
+"""
+
+
+def save_tokenizer(folder: Path, **changes: object) -> None:
+    AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT, **changes).save_pretrained(folder)
+
+
+def config(**changes: object) -> LlamaConfig:
+    vocabulary = len(AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT))
+    return LlamaConfig(**{
+        "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 64, "num_labels": 1, "initializer_range": 0.5, **changes,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def reward_model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config()).save_pretrained(tmp_path / "rm")
+    save_tokenizer(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def score(folder: Path, *options: object, rows: list[object] | None = None) -> tuple[int, list[dict[str, object]]]:
+    write(folder / "in.jsonl", ROWS if rows is None else rows)  # type: ignore[arg-type]
+    status = call("score", "--input", folder / "in.jsonl", "--output", folder / "scored.jsonl", *options)
+    return status, read(folder / "scored.jsonl") if (folder / "scored.jsonl").exists() else []
+
+
+def rewards(rows: list[dict[str, object]]) -> list[list[float | None]]:
+    return [[r["reward"] for r in made["responses"]] for made in rows]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
+def test_a_sequence_classifier(tmp_path: Path, reward_model: Path, pad: str) -> None:
+    """Each reward is the logit at the last token of the chat, whatever shares the batch and whichever token pads."""
+    save_tokenizer(reward_model, pad_token=pad)
+    status, made = score(tmp_path, "--reward-model", reward_model)
+    assert status == 0
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    model = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
+    for before, after in zip(ROWS, made, strict=True):
+        for old, new in zip(before["responses"], after["responses"], strict=True):  # type: ignore[call-overload]
+            if old["reward"] is not None or not old["text"]:
+                assert new["reward"] == old["reward"]
+                continue
+            chat = [{"role": "user", "content": before["prompt"]}, {"role": "assistant", "content": old["text"]}]
+            ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+                assert new["reward"] == pytest.approx(model.score(hidden)[0, -1, 0].item(), abs=1e-4)
+
+
+def test_again_and_too_long(tmp_path: Path, reward_model: Path) -> None:
+    long = [*ROWS, row(3, ("a", "word " * 100, 1.0))]
+    status, made = score(tmp_path, "--reward-model", reward_model, "--again", rows=long)
+    assert status == 0
+    assert rewards(made)[0][1] != 9.0
+    assert rewards(made)[3] == [None]
+    assert [(r["index"], r["error"]) for r in made] == [(i, None) for i in range(4)]
+
+
+def test_a_model_with_a_score_of_its_own_needs_trust(tmp_path: Path) -> None:
+    folder = tmp_path / "armo"
+    namespace: dict[str, type] = {}
+    exec(REMOTE, namespace)
+    namespace["Gated"](config(num_labels=4)).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.Gated"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "modeling_gated.py").write_text(REMOTE)
+    save_tokenizer(folder)
+    assert score(tmp_path, "--reward-model", folder)[0] == 1
+    status, made = score(tmp_path, "--reward-model", folder, "--trust-remote-code")
+    assert status == 0
+    assert rewards(made)[0][0] == float(rewards(made)[0][0] or 0.5)
+    assert rewards(made)[1][2] > rewards(made)[1][0]  # type: ignore[operator]
+
+
+def test_several_labels_are_no_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaForSequenceClassification(config(num_labels=3)).save_pretrained(tmp_path / "rm")
+    save_tokenizer(tmp_path / "rm")
+    assert score(tmp_path, "--reward-model", tmp_path / "rm")[0] == 1
+    assert "one number per text" in capsys.readouterr().err
+
+
+def test_rewards_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = [
+        {"prompt_id": "p0", "model": "a", "reward": 1},
+        {"prompt": "Question  1?", "text": "three three ", "reward": 3},
+        row(1, ("else", "one", 2.0)),
+        {"prompt_id": "p1", "reward": 4},
+        {"prompt_id": "p1", "model": "a", "reward": "high"},
+        b"[1]",
+    ]
+    status, made = score(tmp_path, "--rewards", write(tmp_path / "known.jsonl", known))
+    assert status == 0
+    assert rewards(made) == [[1.0, 9.0], [2.0, None, 3.0], []]
+    told = capsys.readouterr().err
+    assert all(f"known.jsonl, row {i}: " in told for i in (3, 4, 5))
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewarding.py").write_text(
+        "import time\n"
+        "def length(prompt, texts):\n"
+        "    return [len(text) for text in texts]\n"
+        "def slow(prompt, texts):\n"
+        "    time.sleep(0.01)\n"
+        "    return length(prompt, texts)\n"
+        "def picky(prompt, texts):\n"
+        "    if '1' in prompt:\n"
+        "        raise RuntimeError('no ones')\n"
+        "    return [float('nan') if '3' in prompt else 0.5] * len(texts)\n"
+        "def few(prompt, texts):\n"
+        "    return []\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("rewarding", None)
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_function(tmp_path: Path) -> None:
+    status, made = score(tmp_path, "--callable", "rewarding:length")
+    assert (status, rewards(made)) == (0, [[5.0, 9.0], [3.0, None, 11.0], []])
+    before = (tmp_path / "scored.jsonl").read_bytes()
+    assert score(tmp_path, "--callable", "rewarding:length")[0] == 0
+    assert score(tmp_path, "--callable", "rewarding:few")[0] == 2
+    assert (tmp_path / "scored.jsonl").read_bytes() == before
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize("name", ["rewarding", "rewarding:nothing", "no_such_module:f", "json:decoder", ":f"])
+def test_a_function_must_be_there(tmp_path: Path, name: str) -> None:
+    assert score(tmp_path, "--callable", name)[0] == 2
+
+
+@pytest.mark.usefixtures("functions")
+def test_failures_cost_their_row_only(tmp_path: Path) -> None:
+    rows = [row(i, ("a", f"text {i}", None)) for i in range(5)]
+    status, made = score(tmp_path, "--callable", "rewarding:picky", rows=[*rows, b"{", *rows])
+    assert status == 3
+    failed = [made[i]["error"]["type"] if made[i]["error"] else None for i in range(11)]  # type: ignore[index]
+    one = [None, "ScoringFailed", None, "ScoringFailed", None]
+    assert failed == [*one, "InvalidTrajectory", *one]
+    assert [r["index"] for r in made] == list(range(11))
+    assert made[0]["responses"] == [{"model": "a", "text": "text 0", "reward": 0.5}]
+    assert call("inspect", tmp_path / "scored.jsonl") == 3
+    assert score(tmp_path, "--callable", "rewarding:few", "--overwrite")[0] == 3
+
+
+@pytest.mark.usefixtures("functions")
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    rows = [row(i, ("a", "x" * (i % 7), None), ("b", "y" * (i % 5 + 7), None)) for i in range(200)]
+    source = write(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "scored.jsonl"
+    command = [sys.executable, "-m", "engine.trajectories", "score", "--input", str(source), "--output", str(out)]
+    command += ["--callable", "rewarding:slow"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=Path(__file__).parents[3],
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 40):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 40 <= out.read_bytes().count(b"\n") < 200
+    with out.open("ab") as file:
+        file.write(b'{"torn')
+    assert call(*command[3:]) == 0
+    resumed = out.read_bytes()
+    assert call(*command[3:], "--overwrite") == 0
+    assert out.read_bytes() == resumed
+    assert [made["index"] for made in read(out)] == list(range(200))
