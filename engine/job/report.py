@@ -14,6 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from engine.job.rows import Row
 
 REPORT_SECONDS = 10.0
+BAR_SECONDS = 0.5
 
 
 @dataclasses.dataclass(slots=True)
@@ -24,6 +25,8 @@ class Statistics:
     """Rows that an earlier run had finished."""
     errors_before: int = 0
     rows: int = 0
+    ahead: int = 0
+    """Rows finished before earlier ones when the job ended, and set aside for the next run."""
     errors: int = 0
     error_types: Counter[str] = dataclasses.field(default_factory=Counter)
     answers: int = 0
@@ -50,11 +53,11 @@ class Statistics:
         return self.errors + self.errors_before
 
     def summary(self, seconds: float) -> str:
-        if self.before and not self.rows:
-            return f"nothing left to do: {self.before} rows, {self.errors_before} errors"
         earlier = f" (and {self.before} of an earlier run, {self.errors_before} errors)" if self.before else ""
+        ahead = f", {self.ahead} behind unfinished ones set aside" if self.ahead else ""
         return (
-            f"{self.rows} rows, {self.errors} errors{earlier}, {seconds:.1f} s, {_ratio(self.tokens, seconds)} tokens/s, "
+            f"{self.rows} rows, {self.errors} errors{earlier}{ahead}, {seconds:.1f} s, "
+            f"{_ratio(self.tokens, seconds)} tokens/s, "
             f"{_ratio(self.steps, self.answers)} steps per answer, "
             f"{_ratio(self.forward_tokens, self.tokens)} token-forwards per output token"
         )
@@ -71,6 +74,7 @@ class Statistics:
             "error_types": dict(self.error_types),
             "rows_before": self.before,
             "errors_before": self.errors_before,
+            "rows_set_aside": self.ahead,
             "answers": self.answers,
             "seconds": seconds,
             "tokens": self.tokens,
@@ -97,6 +101,7 @@ class Reporter:
         self._bar_wanted = rank is None and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._total: int | None = None
+        self._shown = 0.0
         self._started = self._reported = time.monotonic()
 
     def start(self, total: int | None, before: int, errors_before: int) -> None:
@@ -117,8 +122,6 @@ class Reporter:
         self.statistics.add(row)
         now = time.monotonic()
         if self._bar is not None:
-            rate = _ratio(self.statistics.tokens, now - self._started)
-            self._bar.set_postfix_str(f"{self.statistics.errors} errors, {rate} tokens/s", refresh=False)
             self._bar.update()
         if now - self._reported >= REPORT_SECONDS:
             self._reported = now
@@ -132,15 +135,34 @@ class Reporter:
                 rows = self.statistics.before + self.statistics.rows
                 self.say(f"{rows}{of} rows, {self.statistics.errors} errors, {rate} tokens/s")
 
+    def tick(self, running: int, ahead: int) -> None:
+        """Between steps: keeps the bar alive while rows that come first take long."""
+        now = time.monotonic()
+        if self._bar is None or now - self._shown < BAR_SECONDS:
+            return
+        self._shown = now
+        waiting = f", {ahead} finished behind them" if ahead else ""
+        self._show(f", {running} running{waiting}")
+
+    def _show(self, more: str) -> None:
+        assert self._bar is not None
+        rate = _ratio(self.statistics.tokens, time.monotonic() - self._started)
+        self._bar.set_postfix_str(f"{self.statistics.errors} errors, {rate} tokens/s{more}")
+
     def end(self, state: str) -> None:
         """``state``: finished, interrupted, stopped or failed. Says the summary; raises OSError if metrics can't be written."""
         self.close()
-        self.say(self.statistics.summary(time.monotonic() - self._started))
+        statistics = self.statistics
+        if state == "finished" and statistics.before and not statistics.rows:
+            self.say(f"nothing left to do: {statistics.before} rows, {statistics.errors_before} errors")
+        else:
+            self.say(statistics.summary(time.monotonic() - self._started))
         self._write_metrics(state)
 
     def close(self) -> None:
         """Ends the bar, so that other lines can follow."""
         if self._bar is not None:
+            self._show("")
             self._bar.close()
             self._bar, self._bar_wanted = None, False
 

@@ -191,6 +191,7 @@ class _Loop:
                     for result in self.session.step():
                         self._advance(result)
                 self.book.tick(idle=not self.active)
+                self.reporter.tick(len(self.active), len(self.held))
         except BaseException:
             self._keep_finished()
             raise
@@ -202,8 +203,10 @@ class _Loop:
         """What can still be brought to disk when the job ends early."""
         with suppress(OSError):  # the first error is the one to tell
             self.book.flush()
-            if self.held:
-                self.book.set_aside({row.index: line for row, line in self.held.values() if not row.error})
+            ahead = {row.index: line for row, line in self.held.values() if not row.error}
+            if ahead and self.job.output is not None:
+                self.book.set_aside(ahead)
+                self.reporter.statistics.ahead = len(ahead)
 
     def _fill(self) -> None:
         # one long answer must not let the input pile up behind it

@@ -66,6 +66,7 @@ def test_figures_of_the_summary(
         "error_types": {"InvalidRequest": 1, "RequestTooLong": 1},
         "rows_before": 0,
         "errors_before": 0,
+        "rows_set_aside": 0,
         "answers": len(GOOD),
         "tokens": tokens,
         "steps": steps,
@@ -160,6 +161,24 @@ def test_bar_on_a_terminal(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert last.startswith("engine.refine: 60 rows, 10 errors, ")
     for measure in MEASURES:
         assert measure in last
+
+
+def test_bar_moves_while_the_first_row_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal.stream)
+        patch.setattr(report, "BAR_SECONDS", 0.0)
+        try:
+            reporter = report.Reporter()
+            reporter.start(9, 0, 0)
+            reporter.begin()
+            reporter.tick(5, 0)
+            reporter.tick(4, 1)
+            reporter.close()
+        finally:
+            shown = terminal.text()
+    assert "0/9 " in shown
+    assert shown.index("5 running]") < shown.index("4 running, 1 finished behind them]")
 
 
 def test_bar_is_gone_before_an_error_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 import json
 import random
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.engine.job.stub import Workplace, indices
+from engine.request import Result
+from tests.engine.job.stub import StubSession, Workplace, indices
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -125,3 +127,38 @@ def test_rows_nested_as_deep_as_can_be_written_can_be_read_again(tmp_path: Path,
     assert place.main() in (0, 3)
     assert re.sub(rb"[\[\]]+", b"", place.result) == re.sub(rb"[\[\]]+", b"", result)
     assert indices(place.result) == [0, 1]
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_rows_finished_behind_an_unfinished_one_are_kept_when_interrupted(
+    interrupts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 0 takes seven steps of the stub, the others one."""
+    rows: list[dict[str, object]] = [{"prompt": f"row {i}", "draft": "d" * (6 if i else 5)} for i in range(10)]
+    (tmp_path / "whole").mkdir()
+    whole = fill(Workplace(tmp_path / "whole"), rows)
+    assert whole.main() == 0
+    (tmp_path / "cut").mkdir()
+    place = fill(Workplace(tmp_path / "cut"), rows)
+    step, steps = StubSession.step, []
+
+    def interrupted_step(session: StubSession) -> list[Result]:
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(session)
+
+    for _ in range(interrupts):
+        steps.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(StubSession, "step", interrupted_step)
+            assert place.main() == 130
+        assert place.output.read_bytes() == b""
+        assert "behind unfinished ones set aside" in capsys.readouterr().err
+    assert place.main() == 0
+    assert place.result == whole.result
+    assert place.files() == ["out.jsonl", "out.jsonl.job"]
+    asked = Counter(place.asked)
+    assert asked.pop("row 0") == interrupts + 1
+    assert set(asked) == {f"row {i}" for i in range(1, 10)}
+    assert sum(asked.values()) == 9, "what was finished is not asked again"
