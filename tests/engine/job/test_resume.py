@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.request import Result
-from tests.engine.job.stub import StubSession, Workplace, indices
+from tests.engine.job.stub import StubSession, Workplace, indices, write
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -20,7 +20,7 @@ ROWS = [
 
 
 def fill(place: Workplace, rows: list[dict[str, object]] | None = None) -> Workplace:
-    place.input.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
+    write(place, rows or ROWS)
     return place
 
 

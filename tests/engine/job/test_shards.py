@@ -16,7 +16,7 @@ import pytest
 
 from engine import refine
 from tests.engine.job.crash import CrashPoint
-from tests.engine.job.stub import DEADLINE, Workplace, finish, indices, start, wait
+from tests.engine.job.stub import DEADLINE, Workplace, finish, indices, start, wait, write
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -38,10 +38,6 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     write(made, ROWS)
     assert made.main() == 0
     return made.result
-
-
-def write(place: Workplace, rows: list[dict[str, Any]]) -> None:
-    place.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
