@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.consistency_loss.problem import LossStats, Needs, Outcome, Problem
+from engine.kernels.consistency_loss.native_rows import Group, Results, blocks, groups, product
+from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from engine.kernels.native import Native, address, native, new_output
 
 BLOCK = 2048  # vocabulary rows of one product
 ROUNDED_BLOCK = 1024  # the same where all rows make one group: smaller blocks leave room for logits
-DEPTH = 128  # products a BLAS adds up in a row: chains of its own choice lose up to a factor 1.6 in the logits and gain no time
 KEPT_BYTES = 1.4  # for each row and entry of the vocabulary: logits of a group of rows outside the head's gradient
 WORK_BYTES = 1.6  # everything, where all rows make one group; eager PyTorch holds 12 to 13 beyond the gradients
 FEW_ROWS = 96  # are not divided further
-STATE = 8  # float64 of a row; LossState in csrc/kernels.h
-LARGEST, SUM, _, PICKED, BEST, DIVERGENCE, ENTROPY, _ = range(STATE)
 
 
 def reason_against(p: Problem) -> str | None:
@@ -42,12 +40,14 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     """As the reference. A row's bits depend on nothing but the rows of its group; nothing depends on timing."""
     library = native()
     assert library is not None
-    groups = _groups(p, needs)
-    sizes = [len(targets) + len(drafts) for targets, drafts, _ in groups]
-    results = _Results.allocate(p, needs, covered=sum(sizes))
+    every = len(p.labels) + len(p.pair_index)
+    first = every if _one_group(p, needs) else _slot_rows(p, needs) + _kept_rows(p)
+    parts = groups(p, needs, first, _kept_rows(p))
+    sizes = [len(targets) + len(drafts) for targets, drafts, _ in parts]
+    results = Results.allocate(p, needs, covered=sum(sizes))
     space = _Workspace.allocate(p, needs, sizes)
-    for number, (targets, drafts, teachers) in enumerate(groups):
-        group = _Group.gather(p, needs, targets, drafts, teachers)
+    for number, (targets, drafts, teachers) in enumerate(parts):
+        group = Group.gather(p, needs, targets, drafts, teachers)
         places = _Places.choose(space, group, results.grad_weight if number == 0 else None)
         _first_pass(p, group, space, places, library)
         if needs.gradients or needs.stats or len(drafts):
@@ -68,75 +68,6 @@ def _slot_rows(p: Problem, needs: Needs) -> int:
 def _kept_rows(p: Problem) -> int:
     rows = len(p.labels) + len(p.pair_index)
     return max(FEW_ROWS, int(KEPT_BYTES * rows / 4))
-
-
-def _groups(p: Problem, needs: Needs) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Rows of targets, rows of their drafts, and each draft's place among the targets; rows without a term are left out."""
-    paired = p.pair_index >= 0
-    drafts = (paired | needs.stats).nonzero().flatten()
-    teacher = p.pair_index[drafts].clamp_min(0)
-    drafts = drafts[teacher.argsort(stable=True)]
-    teacher = p.pair_index[drafts].clamp_min(0)
-    taught = torch.bincount(teacher, minlength=len(p.labels))
-    used = (p.ce_scale != 0) | (taught > 0) | needs.stats
-    targets = used.nonzero().flatten()
-    if len(targets) == 0:
-        return []
-    sizes = 1 + taught[targets]
-    limit = _kept_rows(p)
-    first = len(targets) + len(drafts) if _one_group(p, needs) else _slot_rows(p, needs) + limit
-    group = _fill(sizes.tolist(), first, limit)
-    place = used.cumsum(0) - 1
-    of_draft = group[place[teacher]]
-    out = []
-    for g in range(int(group[-1]) + 1):
-        mine, theirs = (group == g).nonzero().flatten(), (of_draft == g).nonzero().flatten()
-        out.append((targets[mine], drafts[theirs], place[teacher[theirs]] - mine[0]))
-    return out
-
-
-def _fill(sizes: list[int], first: int, limit: int) -> Tensor:
-    """Number of the group of every target: as many as fit under the limit (``first``: of group 0), at least one."""
-    numbers, number, held = [], 0, 0
-    for size in sizes:
-        if held and held + size > (limit if number else first):
-            number, held = number + 1, 0
-        held += size
-        numbers.append(number)
-    return torch.tensor(numbers)
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Target rows, then the draft rows that they teach."""
-
-    targets: Tensor
-    drafts: Tensor
-    teachers: Tensor
-    """[drafts] rows of the group."""
-    hidden: Tensor
-    """[rows, d] float32."""
-    gradient: Tensor
-    """[rows, d] float32, or [0, d]."""
-    labels: Tensor
-    scale: Tensor
-    state: Tensor
-    """[rows, STATE] float64."""
-
-    @classmethod
-    def gather(cls, p: Problem, needs: Needs, targets: Tensor, drafts: Tensor, teachers: Tensor) -> "_Group":
-        h_target, h_draft = p.target_hidden[targets], p.draft_hidden[drafts]
-        own = torch.arange(len(drafts)) + len(targets)
-        # A BLAS may add up equal rows differently where they lie elsewhere: such a row stands in for its teacher.
-        alone = (h_draft == h_target[teachers]).all(-1) | (p.pair_index[drafts] < 0)
-        hidden = torch.cat((h_target.float(), h_draft.float()))
-        state = torch.zeros(len(hidden), STATE, dtype=torch.float64)
-        state[:, LARGEST] = -torch.inf
-        gradient = torch.zeros(len(hidden) if needs.target or needs.draft else 0, hidden.shape[1])
-        scale = torch.cat((p.ce_scale[targets], p.kl_scale[drafts]))
-        return cls(
-            targets, drafts, teachers.where(~alone, own), hidden, gradient, p.labels[targets].contiguous(), scale, state
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +121,7 @@ class _Places:
     """Slots included."""
 
     @classmethod
-    def choose(cls, space: _Workspace, group: _Group, grad_weight: Tensor | None) -> "_Places":
+    def choose(cls, space: _Workspace, group: Group, grad_weight: Tensor | None) -> "_Places":
         rows = len(group.hidden)
         slots = 0 if grad_weight is None else min(rows, space.slot_rows)
         return cls(space, grad_weight, rows, slots, min(rows, slots + len(space.kept)))
@@ -222,12 +153,7 @@ class _Places:
         return self.space.fresh[: self.rows, : block.stop - block.start]
 
 
-def _blocks(p: Problem, size: int) -> Iterator[slice]:
-    v = len(p.weight)
-    return (slice(start, min(start + size, v)) for start in range(0, v, size))
-
-
-def _arguments(p: Problem, group: _Group, places: _Places, block: slice, *options: int) -> list[int | float]:
+def _arguments(p: Problem, group: Group, places: _Places, block: slice, *options: int) -> list[int | float]:
     """In the order of read_loss in csrc/module.cpp."""
     space = places.space
     tensors = (
@@ -239,33 +165,25 @@ def _arguments(p: Problem, group: _Group, places: _Places, block: slice, *option
     ]  # fmt: skip
 
 
-def _product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """out [rows, count] = hidden @ head.T."""
-    torch.mm(hidden[:, :DEPTH], head[:, :DEPTH].T, out=out)
-    for start in range(DEPTH, hidden.shape[1], DEPTH):
-        part = slice(start, start + DEPTH)
-        out.addmm_(hidden[:, part], head[:, part].T)
-
-
-def _first_pass(p: Problem, group: _Group, space: _Workspace, places: _Places, library: Native) -> None:
-    for block in _blocks(p, space.block):
+def _first_pass(p: Problem, group: Group, space: _Workspace, places: _Places, library: Native) -> None:
+    for block in blocks(p, space.block):
         head = space.head_rows(p, block)
         for rows, logits in (*places.kept(block), *places.fresh(block)):
-            _product(group.hidden[rows], head, logits)
+            product(group.hidden[rows], head, logits)
         arguments = _arguments(p, group, places, block, False, True, library.threads)
         library.module.loss_statistics(library.table, *arguments)
 
 
 def _second_pass(
-    p: Problem, needs: Needs, group: _Group, space: _Workspace, places: _Places, results: "_Results", library: Native, *,
+    p: Problem, needs: Needs, group: Group, space: _Workspace, places: _Places, results: Results, library: Native, *,
     accumulate: bool,
 ) -> None:  # fmt: skip
     hidden_wanted = len(group.gradient) > 0
-    for block in _blocks(p, space.block):
+    for block in blocks(p, space.block):
         head = space.head_rows(p, block) if hidden_wanted or places.kept_rows < places.rows else None
         for rows, logits in places.fresh(block):
             assert head is not None
-            _product(group.hidden[rows], head, logits)
+            product(group.hidden[rows], head, logits)
         arguments = _arguments(p, group, places, block, needs.gradients, needs.stats, library.threads)
         library.module.loss_gradient(library.table, *arguments)
         gradient = places.gradient(block)
@@ -279,7 +197,7 @@ def _second_pass(
             results.grad_bias[block] += gradient.sum(0)
 
 
-def _add_to_head(group: _Group, gradient: Tensor, space: _Workspace, out: Tensor, *, accumulate: bool) -> None:
+def _add_to_head(group: Group, gradient: Tensor, space: _Workspace, out: Tensor, *, accumulate: bool) -> None:
     """out (+)= G^T h: complete over the batch where it has to be rounded."""
     if out.dtype is not torch.float32:
         out.copy_(torch.mm(gradient.T, group.hidden, out=space.head_gradient[: len(out)]))
@@ -287,56 +205,3 @@ def _add_to_head(group: _Group, gradient: Tensor, space: _Workspace, out: Tensor
         out.addmm_(gradient.T, group.hidden)
     else:
         torch.mm(gradient.T, group.hidden, out=out)
-
-
-@dataclass(frozen=True, slots=True)
-class _Results:
-    cross_entropy: Tensor
-    divergence: Tensor
-    grad_target: Tensor | None
-    grad_draft: Tensor | None
-    grad_weight: Tensor | None
-    grad_bias: Tensor | None
-    stats: LossStats | None
-
-    @classmethod
-    def allocate(cls, p: Problem, needs: Needs, covered: int) -> "_Results":
-        m, r = len(p.labels), len(p.pair_index)
-        # rows that no group covers have no gradient
-        new = torch.empty_like if covered == m + r else torch.zeros_like
-        stats = None
-        if needs.stats:
-            stats = LossStats(new_output(m + r), new_output(m + r), new_output(r, dtype=torch.bool))
-        weight = None
-        if needs.weight:
-            weight = torch.empty_like(p.weight) if covered else torch.zeros_like(p.weight)
-        return cls(
-            torch.zeros(m), torch.zeros(r), new(p.target_hidden) if needs.target else None,
-            new(p.draft_hidden) if needs.draft else None, weight,
-            torch.zeros(len(p.weight)) if needs.bias else None, stats,
-        )  # fmt: skip
-
-    def finish(self, p: Problem, group: _Group) -> None:
-        """Puts a group's results where its rows belong."""
-        state, count, m = group.state, len(group.targets), len(p.labels)
-        lse = state[:, LARGEST] + state[:, SUM].log()
-        cross_entropy = (lse - state[:, PICKED] * (p.softcap or 1.0))[:count].where(group.scale[:count] != 0, 0)
-        self.cross_entropy[group.targets] = cross_entropy.float()
-        self.divergence[group.drafts] = (state[count:, DIVERGENCE] * p.temperature**2).float()
-        if self.grad_target is not None:
-            self.grad_target[group.targets] = group.gradient[:count].to(p.weight.dtype)
-        if self.grad_draft is not None:
-            self.grad_draft[group.drafts] = group.gradient[count:].to(p.weight.dtype)
-        if self.stats is not None:
-            rows = torch.cat((group.targets, m + group.drafts))
-            self.stats.lse[rows], self.stats.entropy[rows] = lse.float(), state[:, ENTROPY].float()
-            self.stats.argmax_agrees[group.drafts] = state[count:, BEST] == state[group.teachers, BEST]
-
-    def outcome(self, p: Problem) -> Outcome:
-        divergence = self.divergence.where(p.pair_index >= 0, 0)
-        if self.stats is not None:
-            self.stats.argmax_agrees.logical_and_(p.pair_index >= 0)
-        bias = None if self.grad_bias is None else self.grad_bias.to(p.weight.dtype)
-        return Outcome(
-            self.cross_entropy, divergence, self.grad_target, self.grad_draft, self.grad_weight, bias, self.stats
-        )
