@@ -84,6 +84,39 @@ struct LossArgs {
   int threads;
 };
 
+// A group's logits, all columns of them kept, and the lists of entries to make of their gradient.
+struct FilterArgs {
+  LossArgs loss;
+  const int64_t* order;     // [rows] in which rows are worked on: a draft next to its teacher, for the cache
+  float eps;                // the share of a row's mass that may be left out
+  int32_t* columns;         // [capacity] entries, those of a row side by side in ascending order
+  float* values;
+  int64_t capacity;
+  int64_t* used;            // [1] entries of all rows; where that is more than the capacity, not all were stored
+  int64_t* begin;           // [rows]
+  int64_t* count;
+  float* left_out_of_row;   // [rows, 2] sum of what is left out, and of its magnitudes
+  float* left_out;          // [v] the same sum over rows
+  float* left_out_share;    // [v] of magnitudes, each relative to its row's mass
+};
+
+// A product of one block of the gradient's entries: with the head (gives the rows' gradient) or with the hidden states.
+struct SparseArgs {
+  const int32_t* columns;   // as in FilterArgs
+  const float* values;
+  const int64_t* begin;
+  const int64_t* count;
+  const float* dense;       // [count_columns, d] the block's rows of the head, or [rows, d] hidden states
+  float* out;               // [rows, d] to add to, or [count_columns, d]; null in the second product: only the bias
+  const float* left_out;    // [v], second product only; so are the rest of the pointers
+  const float* mean;        // [d] hidden state that stands for all of which something was left out
+  float* bias;              // [v] to add to, or null
+  int64_t first_row, rows, d;
+  int64_t first, count_columns;  // the block's columns
+  bool accumulate;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
@@ -97,6 +130,9 @@ struct Kernels {
   void (*gated_activation)(const float* gate_up, float* out, int64_t rows, int64_t width, bool gelu, int threads);
   void (*loss_statistics)(const LossArgs&);
   void (*loss_gradient)(const LossArgs&);
+  void (*loss_filter)(const FilterArgs&);
+  void (*loss_sparse_hidden)(const SparseArgs&);
+  void (*loss_sparse_head)(const SparseArgs&);
 };
 
 const Kernels* kernels_portable();

@@ -31,8 +31,8 @@ def reason_against(p: Problem) -> str | None:
         return f"it needs CPU tensors, got {p.weight.device}"
     if p.weight.dtype is torch.float64:
         return "it needs float32, bfloat16 or float16, got torch.float64"
-    if p.plan not in ("auto", "dense"):
-        return f'it offers plan="dense", got {p.plan!r}'
+    if p.plan == "recompute":
+        return 'it offers plan="dense" and plan="sparse", got plan="recompute"'
     return None if native() else "the C++ extension is not built"
 
 
@@ -41,8 +41,8 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     library = native()
     assert library is not None
     every = len(p.labels) + len(p.pair_index)
-    first = every if _one_group(p, needs) else _slot_rows(p, needs) + _kept_rows(p)
-    parts = groups(p, needs, first, _kept_rows(p))
+    first = every if _one_group(p, needs) else _slot_rows(p, needs) + kept_rows(p)
+    parts = groups(p, needs, first, kept_rows(p))
     sizes = [len(targets) + len(drafts) for targets, drafts, _ in parts]
     results = Results.allocate(p, needs, covered=sum(sizes))
     space = _Workspace.allocate(p, needs, sizes)
@@ -65,7 +65,8 @@ def _slot_rows(p: Problem, needs: Needs) -> int:
     return p.weight.shape[1] * p.weight.element_size() // 4 if needs.weight else 0
 
 
-def _kept_rows(p: Problem) -> int:
+def kept_rows(p: Problem) -> int:
+    """Rows of a group whose logits lie outside the head's gradient."""
     rows = len(p.labels) + len(p.pair_index)
     return max(FEW_ROWS, int(KEPT_BYTES * rows / 4))
 

@@ -1,0 +1,242 @@
+// The sparse plan of the consistency loss: what of dL/dlogits carries mass becomes lists of entries, one per row, and the
+// two products with the gradient walk these lists. What is left out of a row is bounded by a share of the row's mass.
+
+static inline Vec magnitude(Vec v) { return (Vec)((IVec)v & 0x7fffffff); }
+static inline bool any_lane(IVec mask) {
+  int32_t found = 0;
+  for (int i = 0; i < W; ++i) found |= mask[i];
+  return found != 0;
+}
+
+// How much of a row's mass lies in entries of which size; a size is an exponent and two bits of the mantissa. A lane has
+// sums of its own, so that equal sizes side by side do not wait for each other.
+class MassBySize {
+ public:
+  void clear() { std::memset(mass_, 0, sizeof(mass_)); }
+  void add(Vec v) {
+    const IVec bits = (IVec)magnitude(v), size = bits >> kShift;
+    for (int i = 0; i < W; ++i) mass_[size[i]][i] += ((Vec)bits)[i];
+  }
+  double total() const {
+    double sum = 0;
+    for (int size = 0; size < kSizes; ++size) sum += of_size(size);
+    return sum;
+  }
+  // Bits of the smallest magnitude to keep, the largest one under which no more than `allowed` lies; never those of zero.
+  int32_t threshold(double allowed) const {
+    int32_t size = 0;
+    double below = of_size(0);
+    while (below <= allowed && size < kSizes - 1) below += of_size(++size);
+    return std::max(size << kShift, 1);
+  }
+
+ private:
+  static constexpr int kShift = 21, kSizes = 1 << 10;
+  double of_size(int size) const {
+    double sum = 0;
+    for (int i = 0; i < W; ++i) sum += mass_[size][i];
+    return sum;
+  }
+  float mass_[kSizes][W];
+};
+
+// What a thread needs to filter its rows; the arrays are as long as a row, padded to whole vectors.
+struct FilterSpace {
+  explicit FilterSpace(int64_t v)
+      : padded((v + W - 1) / W * W), gradient(padded), left_out(padded), left_out_share(padded), values(padded + 1),
+        columns(padded + 1) {}
+  int64_t padded;
+  std::vector<float> gradient, left_out, left_out_share, values;
+  std::vector<int32_t> columns;
+  MassBySize sizes;
+};
+
+// A row's gradient, into the thread's space.
+static void row_gradient(const FilterArgs& a, int64_t row, FilterSpace& space) {
+  LossArgs one = a.loss;
+  one.fresh = space.gradient.data(), one.block = 0;
+  row < one.targets ? target_gradient(one, row) : draft_gradient(one, row);
+}
+
+// Entries of at least a magnitude, in the order of their columns; the others go to the sums of what is left out.
+static int64_t split_row(const FilterArgs& a, int64_t row, int32_t threshold, float inverse_total, FilterSpace& space) {
+  const float* g = space.gradient.data();
+  Vec sum{}, mass{};
+  int64_t count = 0;
+  for (int64_t c = 0; c < space.padded; c += W) {
+    const Vec v = load(g + c);
+    const IVec keep = (IVec)magnitude(v) >= threshold;
+    const Vec out = select(keep, Vec{}, v), size = magnitude(out);
+    sum += out, mass += size;
+    store(&space.left_out[c], load(&space.left_out[c]) + out);
+    store(&space.left_out_share[c], load(&space.left_out_share[c]) + size * splat(inverse_total));
+    if (!any_lane(keep)) continue;
+    for (int i = 0; i < W; ++i) {
+      space.columns[count] = static_cast<int32_t>(c + i), space.values[count] = v[i];
+      count -= keep[i];
+    }
+  }
+  a.left_out_of_row[2 * row] = lane_sum(sum), a.left_out_of_row[2 * row + 1] = lane_sum(mass);
+  return count;
+}
+
+static int64_t filter_row(const FilterArgs& a, int64_t row, FilterSpace& space) {
+  row_gradient(a, row, space);
+  a.left_out_of_row[2 * row] = a.left_out_of_row[2 * row + 1] = 0;
+  if (a.loss.scale[row] == 0) return 0;
+  const int64_t label = row < a.loss.targets ? a.loss.labels[row] : -1;
+  float of_label = 0;
+  if (label >= 0) std::swap(of_label, space.gradient[label]);  // the one-hot part is exact: outside the filter
+  space.sizes.clear();
+  for (int64_t c = 0; c < space.padded; c += W) space.sizes.add(load(&space.gradient[c]));
+  const double total = space.sizes.total() + std::fabs(of_label);
+  // Sums in single precision: a margin far above their rounding. Without a finite mass everything is kept.
+  const int32_t threshold = total < INFINITY ? space.sizes.threshold(a.eps * 0.999 * total) : 1;
+  int64_t count = split_row(a, row, threshold, total > 0 ? static_cast<float>(1 / total) : 0.f, space);
+  if (label >= 0) {
+    const int64_t at = std::lower_bound(&space.columns[0], &space.columns[count], label) - &space.columns[0];
+    std::memmove(&space.columns[at + 1], &space.columns[at], (count - at) * sizeof(int32_t));
+    std::memmove(&space.values[at + 1], &space.values[at], (count - at) * sizeof(float));
+    space.columns[at] = static_cast<int32_t>(label), space.values[at] = of_label;
+    ++count;
+  }
+  return count;
+}
+
+// Rows are shared out evenly and in a fixed order: the sums over rows of what is left out do not depend on timing.
+static void loss_filter(const FilterArgs& a) {
+  const int64_t v = a.loss.v;
+  const int threads = loss_threads(a.loss);
+  std::vector<std::unique_ptr<FilterSpace>> spaces(threads);
+  for (auto& space : spaces) space = std::make_unique<FilterSpace>(v);
+  int64_t used = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    FilterSpace& space = *spaces[DIFFPO_RANK];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.loss.rows; ++i) {
+      const int64_t row = a.order[i];
+      const int64_t count = filter_row(a, row, space);
+      int64_t at;
+#pragma omp atomic capture
+      { at = used; used += count; }
+      a.begin[row] = at, a.count[row] = count;
+      if (at + count > a.capacity) continue;
+      std::memcpy(a.columns + at, space.columns.data(), count * sizeof(int32_t));
+      std::memcpy(a.values + at, space.values.data(), count * sizeof(float));
+    }
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < v; ++c) {
+      a.left_out[c] = a.left_out_share[c] = 0;
+      for (const auto& other : spaces) a.left_out[c] += other->left_out[c], a.left_out_share[c] += other->left_out_share[c];
+    }
+  }
+  *a.used = used;
+}
+
+// out[0 : N * W] += sum of value * row, over entries; `stride` between rows.
+template <int N>
+static inline void add_rows(const int32_t* index, const float* value, int64_t count, const float* rows, int64_t stride, float* out) {
+  Vec sum[N];
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) sum[n] = load(out + n * W);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = rows + index[i] * stride;
+    const Vec factor = splat(value[i]);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) sum[n] += factor * load(row + n * W);
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) store(out + n * W, sum[n]);
+}
+
+constexpr int kStrip = MAX_ROWS > 6 ? 16 : 8;  // vectors of a sum that stay in registers, with room for a factor
+constexpr int64_t kStripColumns = kStrip * W;  // a strip of a block of the vocabulary fits into the L2 cache
+
+// The same for a strip of a row that may end within.
+static void add_strip(const int32_t* index, const float* value, int64_t count, const float* rows, int64_t stride, float* out, int64_t width) {
+  if (width >= kStripColumns) return add_rows<kStrip>(index, value, count, rows, stride, out);
+  int64_t done = 0;
+  for (; done + W <= width; done += W) add_rows<1>(index, value, count, rows + done, stride, out + done);
+  for (; done < width; ++done)
+    for (int64_t i = 0; i < count; ++i) out[done] += value[i] * rows[index[i] * stride + done];
+}
+
+struct Entries {
+  const int32_t* index;
+  const float* value;
+  int64_t count;
+};
+
+static Entries entries_of(const SparseArgs& a, int64_t row) {
+  const int32_t *first = a.columns + a.begin[row], *last = first + a.count[row];
+  const int32_t* from = std::lower_bound(first, last, a.first);
+  const int32_t* to = std::lower_bound(from, last, a.first + a.count_columns);
+  return {from, a.values + (from - a.columns), to - from};
+}
+
+// out [rows, d] += G[:, block] head: one strip of the block's rows of the head after the other.
+static void loss_sparse_hidden(const SparseArgs& a) {
+  std::vector<Entries> entries(a.rows);
+  const int64_t strips = (a.d + kStripColumns - 1) / kStripColumns;
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = a.first_row; row < a.rows; ++row) entries[row] = entries_of(a, row);
+#pragma omp for collapse(2) schedule(dynamic, 32)
+    for (int64_t strip = 0; strip < strips; ++strip)
+      for (int64_t row = a.first_row; row < a.rows; ++row) {
+        const int64_t at = strip * kStripColumns;
+        const Entries& e = entries[row];
+        if (e.count) add_strip(e.index, e.value, e.count, a.dense - a.first * a.d + at, a.d, a.out + row * a.d + at, std::min(kStripColumns, a.d - at));
+      }
+  }
+}
+
+// Entries of the block by column, rows ascending.
+struct ByColumn {
+  std::vector<int64_t> end;
+  std::vector<int32_t> row;
+  std::vector<float> value;
+  explicit ByColumn(const SparseArgs& a) : end(a.count_columns + 1) {
+    std::vector<Entries> entries(a.rows);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      entries[r] = entries_of(a, r);
+      for (int64_t i = 0; i < entries[r].count; ++i) ++end[entries[r].index[i] - a.first + 1];
+    }
+    for (int64_t c = 0; c < a.count_columns; ++c) end[c + 1] += end[c];
+    row.resize(end[a.count_columns]), value.resize(end[a.count_columns]);
+    // end[c] is where column c begins; each entry moves it on
+    for (int64_t r = 0; r < a.rows; ++r)
+      for (int64_t i = 0; i < entries[r].count; ++i) {
+        const int64_t at = end[entries[r].index[i] - a.first]++;
+        row[at] = static_cast<int32_t>(r), value[at] = entries[r].value[i];
+      }
+  }
+  int64_t begin_of(int64_t column) const { return column ? end[column - 1] : 0; }
+};
+
+// out [count, d] (+)= G[:, block]^T hidden + left_out[block] x mean, and the same of the bias.
+static void loss_sparse_head(const SparseArgs& a) {
+  const ByColumn by(a);
+  const int64_t strips = a.out ? (a.d + kStripColumns - 1) / kStripColumns : 0;
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for collapse(2) schedule(dynamic, 32)
+    for (int64_t strip = 0; strip < strips; ++strip)
+      for (int64_t c = 0; c < a.count_columns; ++c) {
+        const int64_t at = strip * kStripColumns, width = std::min(kStripColumns, a.d - at), begin = by.begin_of(c);
+        float* out = a.out + c * a.d + at;
+        for (int64_t i = 0; i < width; ++i) out[i] = (a.accumulate ? out[i] : 0.f) + a.left_out[a.first + c] * a.mean[at + i];
+        add_strip(&by.row[begin], &by.value[begin], by.end[c] - begin, a.dense + at, a.d, out, width);
+      }
+    if (a.bias) {
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < a.count_columns; ++c) {
+        float sum = a.left_out[a.first + c];
+        for (int64_t i = by.begin_of(c); i < by.end[c]; ++i) sum += by.value[i];
+        a.bias[a.first + c] += sum;
+      }
+    }
+  }
+}
