@@ -84,9 +84,9 @@ struct LossArgs {
   int threads;
 };
 
-// A group's logits, all columns of them kept, and the lists of entries to make of their gradient.
+// A group's logits, and the lists of entries to make of their gradient.
 struct FilterArgs {
-  LossArgs loss;
+  LossArgs loss;            // its slots hold all logits, block by block of `count` columns
   const int64_t* order;     // [rows] in which rows are worked on: a draft next to its teacher, for the cache
   float eps;                // the share of a row's mass that may be left out
   int32_t* columns;         // [capacity] entries, those of a row side by side in ascending order
@@ -106,12 +106,12 @@ struct SparseArgs {
   const float* values;
   const int64_t* begin;
   const int64_t* count;
-  const float* dense;       // [count_columns, d] the block's rows of the head, or [rows, d] hidden states
+  const float* dense;       // [count_columns, d] the block's rows of the head, or [strips, rows, strip] hidden states
   float* out;               // [rows, d] to add to, or [count_columns, d]; null in the second product: only the bias
   const float* left_out;    // [v], second product only; so are the rest of the pointers
   const float* mean;        // [d] hidden state that stands for all of which something was left out
   float* bias;              // [v] to add to, or null
-  int64_t first_row, rows, d;
+  int64_t first_row, rows, d, strip;
   int64_t first, count_columns;  // the block's columns
   bool accumulate;
   int threads;

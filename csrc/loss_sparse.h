@@ -51,11 +51,16 @@ struct FilterSpace {
   MassBySize sizes;
 };
 
-// A row's gradient, into the thread's space.
+// A row's gradient, into the thread's space. The logits lie block by block, [rows, columns of the block] each.
 static void row_gradient(const FilterArgs& a, int64_t row, FilterSpace& space) {
   LossArgs one = a.loss;
-  one.fresh = space.gradient.data(), one.block = 0;
-  row < one.targets ? target_gradient(one, row) : draft_gradient(one, row);
+  one.block = 0;
+  for (one.first = 0; one.first < one.v; one.first += a.loss.count) {
+    one.count = std::min(a.loss.count, one.v - one.first);
+    one.slots = a.loss.slots + one.first * one.rows;
+    one.fresh = space.gradient.data() + one.first;
+    row < one.targets ? target_gradient(one, row) : draft_gradient(one, row);
+  }
 }
 
 // Entries of at least a magnitude, in the order of their columns; the others go to the sums of what is left out.
@@ -150,16 +155,15 @@ static inline void add_rows(const int32_t* index, const float* value, int64_t co
   for (int n = 0; n < N; ++n) store(out + n * W, sum[n]);
 }
 
-constexpr int kStrip = MAX_ROWS > 6 ? 16 : 8;  // vectors of a sum that stay in registers, with room for a factor
-constexpr int64_t kStripColumns = kStrip * W;  // a strip of a block of the vocabulary fits into the L2 cache
+constexpr int kHeld = MAX_ROWS > 6 ? 16 : 8;  // vectors of a sum that stay in registers, with room for a factor
 
-// The same for a strip of a row that may end within.
-static void add_strip(const int32_t* index, const float* value, int64_t count, const float* rows, int64_t stride, float* out, int64_t width) {
-  if (width >= kStripColumns) return add_rows<kStrip>(index, value, count, rows, stride, out);
-  int64_t done = 0;
-  for (; done + W <= width; done += W) add_rows<1>(index, value, count, rows + done, stride, out + done);
-  for (; done < width; ++done)
-    for (int64_t i = 0; i < count; ++i) out[done] += value[i] * rows[index[i] * stride + done];
+// The same for `width` columns.
+static void add_rows(const int32_t* index, const float* value, int64_t count, const float* rows, int64_t stride, float* out, int64_t width) {
+  int64_t c = 0;
+  for (; c + kHeld * W <= width; c += kHeld * W) add_rows<kHeld>(index, value, count, rows + c, stride, out + c);
+  for (; c + W <= width; c += W) add_rows<1>(index, value, count, rows + c, stride, out + c);
+  for (; c < width; ++c)
+    for (int64_t i = 0; i < count; ++i) out[c] += value[i] * rows[index[i] * stride + c];
 }
 
 struct Entries {
@@ -175,10 +179,10 @@ static Entries entries_of(const SparseArgs& a, int64_t row) {
   return {from, a.values + (from - a.columns), to - from};
 }
 
-// out [rows, d] += G[:, block] head: one strip of the block's rows of the head after the other.
+// out [rows, d] += G[:, block] head: one strip of the block's rows of the head after the other, small enough for the cache.
 static void loss_sparse_hidden(const SparseArgs& a) {
   std::vector<Entries> entries(a.rows);
-  const int64_t strips = (a.d + kStripColumns - 1) / kStripColumns;
+  const int64_t strips = (a.d + a.strip - 1) / a.strip;
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(static)
@@ -186,9 +190,9 @@ static void loss_sparse_hidden(const SparseArgs& a) {
 #pragma omp for collapse(2) schedule(dynamic, 32)
     for (int64_t strip = 0; strip < strips; ++strip)
       for (int64_t row = a.first_row; row < a.rows; ++row) {
-        const int64_t at = strip * kStripColumns;
+        const int64_t at = strip * a.strip, width = std::min(a.strip, a.d - at);
         const Entries& e = entries[row];
-        if (e.count) add_strip(e.index, e.value, e.count, a.dense - a.first * a.d + at, a.d, a.out + row * a.d + at, std::min(kStripColumns, a.d - at));
+        if (e.count) add_rows(e.index, e.value, e.count, a.dense - a.first * a.d + at, a.d, a.out + row * a.d + at, width);
       }
   }
 }
@@ -219,16 +223,17 @@ struct ByColumn {
 // out [count, d] (+)= G[:, block]^T hidden + left_out[block] x mean, and the same of the bias.
 static void loss_sparse_head(const SparseArgs& a) {
   const ByColumn by(a);
-  const int64_t strips = a.out ? (a.d + kStripColumns - 1) / kStripColumns : 0;
+  const int64_t strips = a.out ? (a.d + a.strip - 1) / a.strip : 0;
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for collapse(2) schedule(dynamic, 32)
     for (int64_t strip = 0; strip < strips; ++strip)
       for (int64_t c = 0; c < a.count_columns; ++c) {
-        const int64_t at = strip * kStripColumns, width = std::min(kStripColumns, a.d - at), begin = by.begin_of(c);
+        const int64_t at = strip * a.strip, width = std::min(a.strip, a.d - at), begin = by.begin_of(c);
+        const float* hidden = a.dense + strip * a.rows * a.strip;
         float* out = a.out + c * a.d + at;
         for (int64_t i = 0; i < width; ++i) out[i] = (a.accumulate ? out[i] : 0.f) + a.left_out[a.first + c] * a.mean[at + i];
-        add_strip(&by.row[begin], &by.value[begin], by.end[c] - begin, a.dense + at, a.d, out, width);
+        add_rows(&by.row[begin], &by.value[begin], by.end[c] - begin, hidden, a.strip, out, width);
       }
     if (a.bias) {
 #pragma omp for schedule(static)

@@ -183,21 +183,21 @@ SparseArgs read_sparse(Reader& r) {
   a.begin = r.pointer<int64_t>(), a.count = r.pointer<int64_t>();
   a.dense = r.pointer<float>(), a.out = r.pointer<float>();
   a.left_out = r.pointer<float>(), a.mean = r.pointer<float>(), a.bias = r.pointer<float>();
-  a.first_row = r.integer(), a.rows = r.integer(), a.d = r.integer();
+  a.first_row = r.integer(), a.rows = r.integer(), a.d = r.integer(), a.strip = r.integer();
   a.first = r.integer(), a.count_columns = r.integer();
   a.accumulate = r.integer() != 0, a.threads = static_cast<int>(r.integer());
   return a;
 }
 
 PyObject* py_loss_sparse_hidden(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 17);
+  Reader r(args, count, 18);
   const Kernels* k = r.kernels();
   const SparseArgs a = read_sparse(r);
   return run(r, [&] { k->loss_sparse_hidden(a); });
 }
 
 PyObject* py_loss_sparse_head(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 17);
+  Reader r(args, count, 18);
   const Kernels* k = r.kernels();
   const SparseArgs a = read_sparse(r);
   return run(r, [&] { k->loss_sparse_head(a); });

@@ -16,6 +16,7 @@ last, one pass over the vocabulary does all products. Where the lists would be l
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.consistency_loss import native_loss
@@ -24,7 +25,8 @@ from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from engine.kernels.native import Native, address, native, new_output
 
 LOGIT_BLOCK = 2048  # vocabulary rows of one product
-ENTRY_BLOCK = 1024  # the same where lists of entries are walked: a strip of 256 columns lies in the L2 cache
+ENTRY_BLOCK = 1024  # the same where lists of entries are walked
+STRIP = 256  # columns of hidden states, or of a block of the head, that stay in the cache
 MAX_DENSITY = 1 / 8  # longest lists: 1 byte per row and word of the vocabulary; eager PyTorch holds 12 to 13
 TRIAL_ROWS = 32  # of a large problem: is it worth trying?
 LARGE_ROWS = 256
@@ -45,16 +47,16 @@ def _sparse(p: Problem, needs: Needs) -> Outcome | None:
     sizes = [len(targets) + len(drafts) for targets, drafts, _ in parts]
     results = Results.allocate(p, needs, covered=sum(sizes))
     logits = _logits_memory(p, results.grad_weight, max(sizes, default=0))
-    found = []
+    found: list[_Part] = []
     for targets, drafts, teachers in parts:
         group = Group.gather(p, needs, targets, drafts, teachers)
-        entries = _entries(p, needs, group, logits[: len(group.hidden)], library)
+        entries = _entries(p, needs, group, logits, library)
         if entries is None:
             return None
-        found.append((group, entries))
+        found.append(_Part.prepare(group, entries))
     _products(p, needs, found, results, library)
-    for group, _ in found:
-        results.finish(p, group)
+    for part in found:
+        results.finish(p, part.group)
     return results.outcome(p)
 
 
@@ -64,11 +66,11 @@ def _group_rows(p: Problem, needs: Needs) -> int:
 
 
 def _logits_memory(p: Problem, grad_weight: Tensor | None, rows: int) -> Tensor:
-    """[rows, v] float32, in the memory of the head's gradient if they fit there: it is written last."""
-    v = len(p.weight)
-    if grad_weight is not None and rows * v * 4 <= grad_weight.numel() * grad_weight.element_size():
-        return grad_weight.flatten()[: rows * v * 4 // grad_weight.element_size()].view(torch.float32).view(rows, v)
-    return new_output(rows, v)
+    """[rows * v] float32, in the memory of the head's gradient if they fit there: it is written last."""
+    size = rows * len(p.weight)
+    if grad_weight is not None and size * 4 <= grad_weight.numel() * grad_weight.element_size():
+        return grad_weight.flatten()[: size * 4 // grad_weight.element_size()].view(torch.float32)
+    return new_output(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,17 @@ class _Entries:
     """Of a group's gradient; FilterArgs in csrc/kernels.h."""
 
     columns: Tensor
+    """[capacity] int32."""
     values: Tensor
     begin: Tensor
+    """[rows] int64, as is count: a row's entries."""
     count: Tensor
     left_out_of_row: Tensor
+    """[rows, 2] float32: the sum of what is left out, and of its magnitudes."""
     left_out: Tensor
+    """[v] float32: sum over rows."""
     left_out_share: Tensor
+    """[v] float32: of magnitudes, each relative to its row's mass."""
 
     @classmethod
     def allocate(cls, rows: int, v: int) -> "_Entries":
@@ -93,83 +100,99 @@ class _Entries:
         )  # fmt: skip
 
     def lists(self) -> list[int]:
+        """Addresses in the order of read_sparse in csrc/module.cpp."""
         return [address(t) for t in (self.columns, self.values, self.begin, self.count)]
 
 
 def _entries(p: Problem, needs: Needs, group: Group, logits: Tensor, library: Native) -> _Entries | None:
-    """Of a group whose logits are computed here; None where there are too many."""
+    """Of a group, whose logits are computed here; None where there are too many."""
     bias = None if p.bias is None else p.bias.float()
+    rows, v = len(group.hidden), len(p.weight)
     for block in blocks(p, LOGIT_BLOCK):
-        product(group.hidden, p.weight[block].float(), logits[:, block])
-        arguments = _arguments(p, group, logits, bias, False, True, library.threads, block)
-        library.module.loss_statistics(library.table, *arguments)
-    entries = _Entries.allocate(*logits.shape)
+        here = logits[rows * block.start : rows * block.stop]
+        product(group.hidden, p.weight[block].float(), here.view(rows, -1))
+        library.module.loss_statistics(
+            library.table, *_loss_arguments(p, group, here, bias), False, True, library.threads, block.start, len(here) // rows
+        )  # fmt: skip
+    entries = _Entries.allocate(rows, v)
+    # a draft next to its teacher, for the cache
     order = torch.cat((torch.arange(len(group.targets)), group.teachers)).argsort(stable=True)
     used = torch.zeros(1, dtype=torch.int64)
     library.module.loss_filter(
-        library.table,
-        *_arguments(p, group, logits, bias, True, needs.stats, library.threads, slice(0, len(p.weight))),
+        library.table, *_loss_arguments(p, group, logits, bias), True, needs.stats, library.threads, 0, min(LOGIT_BLOCK, v),
         address(order), p.filter_eps, address(entries.columns), address(entries.values), len(entries.values), address(used),
         *map(address, (entries.begin, entries.count, entries.left_out_of_row, entries.left_out, entries.left_out_share)),
     )  # fmt: skip
     return entries if used.item() <= len(entries.values) else None
 
 
-def _arguments(
-    p: Problem, group: Group, logits: Tensor, bias: Tensor | None, gradients: bool, stats: bool, threads: int, block: slice
-) -> list[int | float]:  # fmt: skip
-    """In the order of read_loss in csrc/module.cpp: no slots, every row kept, nothing fresh."""
-    rows, v = logits.shape
-    tensors = (None, logits, None, bias, group.labels, group.teachers, group.scale, group.state)
-    sizes = (rows, len(group.targets), 0, rows, v, v)
-    options = (p.softcap or 0.0, p.temperature, gradients, stats, threads)
-    return [*map(address, tensors), *sizes, *options, block.start, block.stop - block.start]
+def _loss_arguments(p: Problem, group: Group, logits: Tensor, bias: Tensor | None) -> list[int | float]:
+    """The first ones of read_loss in csrc/module.cpp: all logits in slots."""
+    rows = len(group.hidden)
+    tensors = (logits, None, None, bias, group.labels, group.teachers, group.scale, group.state)
+    sizes = (rows, len(group.targets), rows, rows, len(p.weight), 0)
+    return [*map(address, tensors), *sizes, p.softcap or 0.0, p.temperature]
 
 
-def _products(
-    p: Problem, needs: Needs, found: list[tuple[Group, _Entries]], results: Results, library: Native
-) -> None:  # fmt: skip
-    """dh = G W and dW = G^T h of all groups, block by block of the vocabulary."""
-    means = [torch.zeros(p.weight.shape[1]) for _ in found]
-    for block in blocks(p, ENTRY_BLOCK):
-        head = p.weight[block].float()
-        for (group, entries), mean in zip(found, means, strict=True):
-            if len(group.gradient):
-                first, last = _wanted(needs, group)
-                library.module.loss_sparse_hidden(
-                    library.table, *entries.lists(), address(head), address(group.gradient), 0, 0, 0, first, last,
-                    p.weight.shape[1], block.start, len(head), True, library.threads,
-                )  # fmt: skip
-                mean.addmv_(head.T, entries.left_out_share[block])
-        if needs.weight or needs.bias:
-            _head_products(p, found, results, block, library)
-    for (group, entries), mean in zip(found, means, strict=True):
-        if len(group.gradient):
-            rows = slice(*_wanted(needs, group))
-            share = entries.left_out_share.sum()
-            weights = entries.left_out_of_row[rows, 0] / share.where(share > 0, 1)
-            group.gradient[rows].addr_(weights, mean)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A group with what its products need."""
 
+    group: Group
+    entries: _Entries
+    strips: Tensor
+    """[strips, rows, STRIP] hidden states: what a strip of the head's gradient reads lies together."""
+    mean_hidden: Tensor
+    """[d] of the rows, each by how much it leaves out."""
+    mean_head: Tensor
+    """[d] of the head's rows, each by how much of its column is left out; summed up block by block."""
 
-def _wanted(needs: Needs, group: Group) -> tuple[int, int]:
-    targets = len(group.targets)
-    return 0 if needs.target else targets, len(group.hidden) if needs.draft else targets
-
-
-def _head_products(
-    p: Problem, found: list[tuple[Group, _Entries]], results: Results, block: slice, library: Native
-) -> None:  # fmt: skip
-    """A block of dW and of the bias's gradient, added up over the groups in float32."""
-    out = None if results.grad_weight is None else results.grad_weight[block]
-    exact = out if out is None or out.dtype is torch.float32 else new_output(*out.shape)
-    for number, (group, entries) in enumerate(found):
+    @classmethod
+    def prepare(cls, group: Group, entries: _Entries) -> "_Part":
+        rows, d = group.hidden.shape
+        count = -(-d // STRIP)
+        strips = F.pad(group.hidden, (0, count * STRIP - d)).view(rows, count, STRIP).transpose(0, 1).contiguous()
         mass = entries.left_out_of_row[:, 1]
         total = mass.sum()
-        mean = mass / total.where(total > 0, 1) @ group.hidden
+        mean_hidden = mass / total.where(total > 0, 1) @ group.hidden
+        return cls(group, entries, strips, mean_hidden, torch.zeros(d))
+
+
+def _products(p: Problem, needs: Needs, parts: list[_Part], results: Results, library: Native) -> None:
+    """dh = G W and dW = G^T h of all groups, block by block of the vocabulary."""
+    for block in blocks(p, ENTRY_BLOCK):
+        if needs.target or needs.draft:
+            head = p.weight[block].float()
+            for part in parts:
+                _add_to_hidden(needs, part, head, block, library)
+        if needs.weight or needs.bias:
+            _write_head(parts, results, block, library)
+    for part in parts:
+        share = part.entries.left_out_share.sum()
+        left_out = part.entries.left_out_of_row[: len(part.group.gradient), 0]
+        part.group.gradient.addr_(left_out / share.where(share > 0, 1), part.mean_head)
+
+
+def _add_to_hidden(needs: Needs, part: _Part, head: Tensor, block: slice, library: Native) -> None:
+    """gradient [rows, d] += G[:, block] head, of the streams that want one."""
+    targets, (rows, d) = len(part.group.targets), part.group.gradient.shape
+    wanted = (0 if needs.target else targets, rows if needs.draft else targets)
+    library.module.loss_sparse_hidden(
+        library.table, *part.entries.lists(), address(head), address(part.group.gradient), 0, 0, 0, *wanted, d, STRIP,
+        block.start, len(head), True, library.threads,
+    )  # fmt: skip
+    part.mean_head.addmv_(head.T, part.entries.left_out_share[block])
+
+
+def _write_head(parts: list[_Part], results: Results, block: slice, library: Native) -> None:
+    """The block of dW and of the bias's gradient, summed over the groups in float32."""
+    out = None if results.grad_weight is None else results.grad_weight[block]
+    exact = out if out is None or out.dtype is torch.float32 else new_output(*out.shape)
+    for number, part in enumerate(parts):
+        tensors = (part.strips, exact, part.entries.left_out, part.mean_hidden, results.grad_bias)
         library.module.loss_sparse_head(
-            library.table, *entries.lists(), address(group.hidden), address(exact), address(entries.left_out),
-            address(mean), address(results.grad_bias), 0, *group.hidden.shape, block.start, block.stop - block.start,
-            number > 0, library.threads,
+            library.table, *part.entries.lists(), *map(address, tensors), 0, *part.group.hidden.shape, STRIP, block.start,
+            block.stop - block.start, number > 0, library.threads,
         )  # fmt: skip
     if out is not None and exact is not None and exact is not out:
         out.copy_(exact)
