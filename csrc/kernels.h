@@ -89,14 +89,16 @@ struct FilterArgs {
   LossArgs loss;            // its slots hold all logits, block by block of `count` columns
   const int64_t* order;     // [rows] in which rows are worked on: a draft next to its teacher, for the cache
   float eps;                // the share of a row's mass that may be left out
+  float noise;              // what stand-ins may deviate from what they stand for, of the row's Euclidean norm
   int32_t* columns;         // [capacity] entries, those of a row side by side in ascending order
   float* values;
   int64_t capacity;
   int64_t* used;            // [1] entries of all rows; where that is more than the capacity, not all were stored
   int64_t* begin;           // [rows]
-  int64_t* count;
-  float* left_out_of_row;   // [rows, 2] sum of what is left out, and of its magnitudes
-  float* left_out;          // [v] the same sum over rows
+  int64_t* count;           // [rows] entries kept; behind them lie
+  int64_t* stand_ins;       // [rows] entries that stand for those left out, where rows are not added up
+  float* left_out_of_row;   // [rows, 2] sum of what is left out and not stood for; magnitudes of all that is left out
+  float* left_out;          // [v] sum over rows of what is left out
   float* left_out_share;    // [v] of magnitudes, each relative to its row's mass
 };
 

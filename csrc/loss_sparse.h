@@ -22,16 +22,23 @@ class MassBySize {
     for (int size = 0; size < kSizes; ++size) sum += of_size(size);
     return sum;
   }
-  // Bits of the smallest magnitude to keep, the largest one under which no more than `allowed` lies; never those of zero.
-  int32_t threshold(double allowed) const {
+  // Bits of the smallest magnitude to keep, the largest under which no more than `allowed` lies, and such that this mass
+  // times the magnitude, the variance that stand-ins bring, is no more than `variance`. Never the bits of zero.
+  int32_t threshold(double allowed, double variance) const {
     int32_t size = 0;
-    double below = of_size(0);
-    while (below <= allowed && size < kSizes - 1) below += of_size(++size);
+    for (double below = of_size(0); size < kSizes - 1; ++size, below += of_size(size))
+      if (!(below <= allowed && below * smallest(size + 1) <= variance)) break;
     return std::max(size << kShift, 1);
   }
 
  private:
   static constexpr int kShift = 21, kSizes = 1 << 10;
+  static float smallest(int32_t size) {
+    const int32_t bits = size << kShift;
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(bits));
+    return magnitude;
+  }
   double of_size(int size) const {
     double sum = 0;
     for (int i = 0; i < W; ++i) sum += mass_[size][i];
@@ -44,10 +51,10 @@ class MassBySize {
 struct FilterSpace {
   explicit FilterSpace(int64_t v)
       : padded((v + W - 1) / W * W), gradient(padded), left_out(padded), left_out_share(padded), values(padded + 1),
-        columns(padded + 1) {}
+        stand_in_values(padded), columns(padded + 1), stand_in_columns(padded) {}
   int64_t padded;
-  std::vector<float> gradient, left_out, left_out_share, values;
-  std::vector<int32_t> columns;
+  std::vector<float> gradient, left_out, left_out_share, values, stand_in_values;
+  std::vector<int32_t> columns, stand_in_columns;
   MassBySize sizes;
 };
 
@@ -63,49 +70,70 @@ static void row_gradient(const FilterArgs& a, int64_t row, FilterSpace& space) {
   }
 }
 
-// Entries of at least a magnitude, in the order of their columns; the others go to the sums of what is left out.
-static int64_t split_row(const FilterArgs& a, int64_t row, int32_t threshold, float inverse_total, FilterSpace& space) {
+struct Counts {
+  int64_t kept, stand_ins;
+};
+
+// Entries of at least a magnitude, in the order of their columns; the others go to the sums of what is left out, and to
+// stand-ins: left out entries add up, those above and those below zero apart, and where a sum has reached the smallest
+// magnitude kept, the entry that it reached it with stands for all of them. Each lane has sums of its own.
+static Counts split_row(const FilterArgs& a, int64_t row, int32_t threshold, float inverse_total, FilterSpace& space) {
   const float* g = space.gradient.data();
-  Vec sum{}, mass{};
-  int64_t count = 0;
+  float quantum;
+  std::memcpy(&quantum, &threshold, sizeof(quantum));
+  Vec mass{}, above{}, below{};
+  Counts n{};
   for (int64_t c = 0; c < space.padded; c += W) {
     const Vec v = load(g + c);
     const IVec keep = (IVec)magnitude(v) >= threshold;
     const Vec out = select(keep, Vec{}, v), size = magnitude(out);
-    sum += out, mass += size;
+    mass += size, above += larger(out, Vec{}), below += larger(-out, Vec{});
     store(&space.left_out[c], load(&space.left_out[c]) + out);
     store(&space.left_out_share[c], load(&space.left_out_share[c]) + size * splat(inverse_total));
-    if (!any_lane(keep)) continue;
+    const IVec full_above = above >= splat(quantum), full_below = below >= splat(quantum), full = full_above | full_below;
+    if (!any_lane(keep | full)) continue;
+    const Vec stand_in = select(full_above, above, Vec{}) - select(full_below, below, Vec{});
+    above = select(full_above, Vec{}, above), below = select(full_below, Vec{}, below);
     for (int i = 0; i < W; ++i) {
-      space.columns[count] = static_cast<int32_t>(c + i), space.values[count] = v[i];
-      count -= keep[i];
+      space.columns[n.kept] = space.stand_in_columns[n.stand_ins] = static_cast<int32_t>(c + i);
+      space.values[n.kept] = v[i], space.stand_in_values[n.stand_ins] = stand_in[i];
+      n.kept -= keep[i], n.stand_ins -= full[i];
     }
   }
-  a.left_out_of_row[2 * row] = lane_sum(sum), a.left_out_of_row[2 * row + 1] = lane_sum(mass);
-  return count;
+  a.left_out_of_row[2 * row] = lane_sum(above) - lane_sum(below), a.left_out_of_row[2 * row + 1] = lane_sum(mass);
+  return n;
 }
 
-static int64_t filter_row(const FilterArgs& a, int64_t row, FilterSpace& space) {
+static Counts filter_row(const FilterArgs& a, int64_t row, FilterSpace& space) {
   row_gradient(a, row, space);
   a.left_out_of_row[2 * row] = a.left_out_of_row[2 * row + 1] = 0;
-  if (a.loss.scale[row] == 0) return 0;
+  if (a.loss.scale[row] == 0) return {};
   const int64_t label = row < a.loss.targets ? a.loss.labels[row] : -1;
   float of_label = 0;
   if (label >= 0) std::swap(of_label, space.gradient[label]);  // the one-hot part is exact: outside the filter
   space.sizes.clear();
-  for (int64_t c = 0; c < space.padded; c += W) space.sizes.add(load(&space.gradient[c]));
+  double squares = double(of_label) * of_label;
+  for (int64_t c = 0; c < space.padded; c += 16 * W) {
+    Vec part{};
+    for (int64_t i = c, end = std::min(space.padded, c + 16 * W); i < end; i += W) {
+      const Vec v = load(&space.gradient[i]);
+      space.sizes.add(v);
+      part += v * v;
+    }
+    squares += lane_sum(part);
+  }
   const double total = space.sizes.total() + std::fabs(of_label);
   // Sums in single precision: a margin far above their rounding. Without a finite mass everything is kept.
-  const int32_t threshold = total < INFINITY ? space.sizes.threshold(a.eps * 0.999 * total) : 1;
-  int64_t count = split_row(a, row, threshold, total > 0 ? static_cast<float>(1 / total) : 0.f, space);
+  const int32_t threshold = total < INFINITY ? space.sizes.threshold(a.eps * 0.999 * total, a.noise * a.noise * squares) : 1;
+  Counts n = split_row(a, row, threshold, total > 0 ? static_cast<float>(1 / total) : 0.f, space);
   if (label >= 0) {
-    const int64_t at = std::lower_bound(&space.columns[0], &space.columns[count], label) - &space.columns[0];
-    std::memmove(&space.columns[at + 1], &space.columns[at], (count - at) * sizeof(int32_t));
-    std::memmove(&space.values[at + 1], &space.values[at], (count - at) * sizeof(float));
+    const int64_t at = std::lower_bound(&space.columns[0], &space.columns[n.kept], label) - &space.columns[0];
+    std::memmove(&space.columns[at + 1], &space.columns[at], (n.kept - at) * sizeof(int32_t));
+    std::memmove(&space.values[at + 1], &space.values[at], (n.kept - at) * sizeof(float));
     space.columns[at] = static_cast<int32_t>(label), space.values[at] = of_label;
-    ++count;
+    ++n.kept;
   }
-  return count;
+  return n;
 }
 
 // Rows are shared out evenly and in a fixed order: the sums over rows of what is left out do not depend on timing.
@@ -121,14 +149,18 @@ static void loss_filter(const FilterArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.loss.rows; ++i) {
       const int64_t row = a.order[i];
-      const int64_t count = filter_row(a, row, space);
+      const Counts n = filter_row(a, row, space);
+      const int64_t count = n.kept + n.stand_ins;
       int64_t at;
 #pragma omp atomic capture
       { at = used; used += count; }
-      a.begin[row] = at, a.count[row] = count;
+      a.begin[row] = at, a.count[row] = n.kept, a.stand_ins[row] = n.stand_ins;
       if (at + count > a.capacity) continue;
-      std::memcpy(a.columns + at, space.columns.data(), count * sizeof(int32_t));
-      std::memcpy(a.values + at, space.values.data(), count * sizeof(float));
+      std::memcpy(a.columns + at, space.columns.data(), n.kept * sizeof(int32_t));
+      std::memcpy(a.values + at, space.values.data(), n.kept * sizeof(float));
+      at += n.kept;
+      std::memcpy(a.columns + at, space.stand_in_columns.data(), n.stand_ins * sizeof(int32_t));
+      std::memcpy(a.values + at, space.stand_in_values.data(), n.stand_ins * sizeof(float));
     }
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < v; ++c) {

@@ -166,13 +166,13 @@ PyObject* py_loss_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* py_loss_filter(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 33);
+  Reader r(args, count, 35);
   const Kernels* k = r.kernels();
   FilterArgs a;
   a.loss = read_loss(r);
-  a.order = r.pointer<int64_t>(), a.eps = r.real();
+  a.order = r.pointer<int64_t>(), a.eps = r.real(), a.noise = r.real();
   a.columns = r.pointer<int32_t>(), a.values = r.pointer<float>(), a.capacity = r.integer(), a.used = r.pointer<int64_t>();
-  a.begin = r.pointer<int64_t>(), a.count = r.pointer<int64_t>();
+  a.begin = r.pointer<int64_t>(), a.count = r.pointer<int64_t>(), a.stand_ins = r.pointer<int64_t>();
   a.left_out_of_row = r.pointer<float>(), a.left_out = r.pointer<float>(), a.left_out_share = r.pointer<float>();
   return run(r, [&] { k->loss_filter(a); });
 }

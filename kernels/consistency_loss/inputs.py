@@ -69,8 +69,8 @@ def check_options(
         raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if not filter_eps >= 0:
-        raise ValueError(f"filter_eps must be 0 or larger, got {filter_eps}")
+    if not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps must be 0 or larger and less than 1, got {filter_eps}")
     if filter_eps > 0 and plan != "sparse":
         raise ValueError(f'filter_eps={filter_eps} needs plan="sparse", got plan={plan!r}; the other plans are exact')
 

@@ -1,13 +1,15 @@
 """The sparse plan of the consistency loss on a CPU: exact logits, then products over the entries of dL/dlogits that matter.
 
-A trained model's distribution has its mass in few words. Of G = dL/dlogits a row keeps the largest entries, such that the
+A trained model's distribution has its mass in few words. Of G = dL/dlogits a row keeps its largest entries, such that the
 magnitudes of what it leaves out sum to at most ``filter_eps`` of the row's; the label's entry is always kept. dh = G W and
-dW = G^T h then walk lists of entries: with a density of d they take 4 d of the 4 units of work that the dense plan spends on
-them, at about half its rate, which is why whole entries are skipped and not tiles (of which 5 to 40 times as many hold one).
+dW = G^T h then walk lists of single entries: with a density of d, 4 d units of work instead of the dense plan's 4. Gathered
+columns or rows would go through a BLAS, but hold 5 to 10 times as many entries.
 
-What is left out is replaced by a product of rank one: the sum of what a row leaves out times the mean of the head's rows that
-it was left out of, and for dW the sum of what a column leaves out times the mean hidden state. So the columns of G still add
-up to what they should, and a direction that all of the head's rows share, which a bare filter turns into a bias, cancels.
+What is left out is not lost. For dh, entries left out add up along the vocabulary, and as often as a sum reaches the smallest
+magnitude kept, the entry there stands for all of them: any stretch of the vocabulary keeps its mass, and what a row's entries
+have in common does not become a bias. What this adds is noise, bounded relative to the row by NOISE * filter_eps. For dW,
+where a word would get the noise of few rows, the sum of what its column leaves out times a mean hidden state takes their
+place; the bias's gradient is exact.
 
 A group of rows is finished up to its lists, logits of the next one then take their place in the memory of the head's gradient;
 last, one pass over the vocabulary does all products. Where the lists would be long the dense plan does everything.
@@ -27,6 +29,7 @@ from engine.kernels.native import Native, address, native, new_output
 LOGIT_BLOCK = 2048  # vocabulary rows of one product
 ENTRY_BLOCK = 1024  # the same where lists of entries are walked
 STRIP = 256  # columns of hidden states, or of a block of the head, that stay in the cache
+NOISE = 1 / 20  # of filter_eps: deviation of a row from what stands for it, relative to its Euclidean norm
 MAX_DENSITY = 1 / 8  # longest lists: 1 byte per row and word of the vocabulary; eager PyTorch holds 12 to 13
 TRIAL_ROWS = 32  # of a large problem: is it worth trying?
 LARGE_ROWS = 256
@@ -81,10 +84,13 @@ class _Entries:
     """[capacity] int32."""
     values: Tensor
     begin: Tensor
-    """[rows] int64, as is count: a row's entries."""
+    """[rows] int64."""
     count: Tensor
+    """[rows] int64: entries that are kept."""
+    stand_ins: Tensor
+    """[rows] int64: entries behind them, which stand for the others in dh."""
     left_out_of_row: Tensor
-    """[rows, 2] float32: the sum of what is left out, and of its magnitudes."""
+    """[rows, 2] float32: the sum of what is left out and not stood for; magnitudes of all that is left out."""
     left_out: Tensor
     """[v] float32: sum over rows."""
     left_out_share: Tensor
@@ -94,14 +100,19 @@ class _Entries:
     def allocate(cls, rows: int, v: int) -> "_Entries":
         # memory that nothing is written to costs nothing
         capacity = int(MAX_DENSITY * rows * v) + rows
+        begin, count, stand_ins = (new_output(rows, dtype=torch.int64) for _ in range(3))
         return cls(
-            new_output(capacity, dtype=torch.int32), new_output(capacity), new_output(rows, dtype=torch.int64),
-            new_output(rows, dtype=torch.int64), new_output(rows, 2), new_output(v), new_output(v),
+            new_output(capacity, dtype=torch.int32), new_output(capacity), begin, count, stand_ins, new_output(rows, 2),
+            new_output(v), new_output(v),
         )  # fmt: skip
 
-    def lists(self) -> list[int]:
-        """Addresses in the order of read_sparse in csrc/module.cpp."""
-        return [address(t) for t in (self.columns, self.values, self.begin, self.count)]
+    def kept(self) -> tuple[Tensor, ...]:
+        """In the order of read_sparse in csrc/module.cpp."""
+        return self.columns, self.values, self.begin, self.count
+
+    def standing(self) -> tuple[Tensor, ...]:
+        """The same of the stand-ins."""
+        return self.columns, self.values, self.begin + self.count, self.stand_ins
 
 
 def _entries(p: Problem, needs: Needs, group: Group, logits: Tensor, library: Native) -> _Entries | None:
@@ -118,10 +129,12 @@ def _entries(p: Problem, needs: Needs, group: Group, logits: Tensor, library: Na
     # a draft next to its teacher, for the cache
     order = torch.cat((torch.arange(len(group.targets)), group.teachers)).argsort(stable=True)
     used = torch.zeros(1, dtype=torch.int64)
+    eps = (p.filter_eps, NOISE * p.filter_eps)
     library.module.loss_filter(
         library.table, *_loss_arguments(p, group, logits, bias), True, needs.stats, library.threads, 0, min(LOGIT_BLOCK, v),
-        address(order), p.filter_eps, address(entries.columns), address(entries.values), len(entries.values), address(used),
-        *map(address, (entries.begin, entries.count, entries.left_out_of_row, entries.left_out, entries.left_out_share)),
+        address(order), *eps, *map(address, (entries.columns, entries.values)), len(entries.values),
+        *map(address, (used, entries.begin, entries.count, entries.stand_ins)),
+        *map(address, (entries.left_out_of_row, entries.left_out, entries.left_out_share)),
     )  # fmt: skip
     return entries if used.item() <= len(entries.values) else None
 
@@ -177,10 +190,11 @@ def _add_to_hidden(needs: Needs, part: _Part, head: Tensor, block: slice, librar
     """gradient [rows, d] += G[:, block] head, of the streams that want one."""
     targets, (rows, d) = len(part.group.targets), part.group.gradient.shape
     wanted = (0 if needs.target else targets, rows if needs.draft else targets)
-    library.module.loss_sparse_hidden(
-        library.table, *part.entries.lists(), address(head), address(part.group.gradient), 0, 0, 0, *wanted, d, STRIP,
-        block.start, len(head), True, library.threads,
-    )  # fmt: skip
+    for lists in (part.entries.kept(), part.entries.standing()):
+        library.module.loss_sparse_hidden(
+            library.table, *map(address, (*lists, head, part.group.gradient)), 0, 0, 0, *wanted, d, STRIP, block.start,
+            len(head), True, library.threads,
+        )  # fmt: skip
     part.mean_head.addmv_(head.T, part.entries.left_out_share[block])
 
 
@@ -189,9 +203,9 @@ def _write_head(parts: list[_Part], results: Results, block: slice, library: Nat
     out = None if results.grad_weight is None else results.grad_weight[block]
     exact = out if out is None or out.dtype is torch.float32 else new_output(*out.shape)
     for number, part in enumerate(parts):
-        tensors = (part.strips, exact, part.entries.left_out, part.mean_hidden, results.grad_bias)
+        tensors = (*part.entries.kept(), part.strips, exact, part.entries.left_out, part.mean_hidden, results.grad_bias)
         library.module.loss_sparse_head(
-            library.table, *part.entries.lists(), *map(address, tensors), 0, *part.group.hidden.shape, STRIP, block.start,
+            library.table, *map(address, tensors), 0, *part.group.hidden.shape, STRIP, block.start,
             block.stop - block.start, number > 0, library.threads,
         )  # fmt: skip
     if out is not None and exact is not None and exact is not out:
