@@ -34,9 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # How Llama 3 cuts a text before its byte pairs are merged, and its special words in the order of their ids.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = 256
 BEGIN, HEADER, END_OF_HEADER, END_OF_TURN = 0, 6, 7, 9
 WIDTH, LAYERS, HEADS, BUCKETS = 256, 2, 4, 1 << 16
@@ -81,7 +79,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin for t in (q, k))
+        q, k = (
+            t * cos + torch.cat((-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]), -1) * sin for t in (q, k)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
@@ -222,7 +222,8 @@ def describe(found: States, head: Tensor, unseen: Tensor) -> dict[str, Any]:
         "loss": values["loss"].mean().item(),
         "mean top-1 probability": values["top-1"].mean().item(),
         "quantiles 10, 25, 50, 75, 90 %": {
-            name: [round(v, 4) for v in values[name].quantile(quantiles).tolist()] for name in ("top-1", "entropy", "KL")
+            name: [round(v, 4) for v in values[name].quantile(quantiles).tolist()]
+            for name in ("top-1", "entropy", "KL")
         },
         "mean probability of words never seen": values["unseen"].mean().item(),
         "mean number of words above 1e-5": values["words"].mean().item(),
