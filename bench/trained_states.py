@@ -8,14 +8,16 @@ is what a sparse backward lives on. ``--responses`` holds rows {"prompt", "respo
 make the head (needs ``pip install tiktoken``). The model is small where that costs the head nothing: two layers of width 256,
 hashed bigrams and trigrams, and a last layer that widens to the head's hidden size.
 
-The softmax of training is over the words of the batch and others drawn uniformly from the whole vocabulary, which stand
-for all the rest: an estimate of the full one, at a thirtieth of its cost. So the rows of words that never occur are pushed
-away as they are in a real model; the report at the end says how much probability they are left with, over all words.
+The softmax of training is over the words of the batch and others drawn from the whole vocabulary, which stand for all the
+rest with the weight of their probability to be drawn: an estimate of the full one at a thirtieth of its cost. A third of the
+draws is uniform, so that the rows of words that never occur are pushed away as they are in a real model. What is reported
+at the end is over all words.
 
-FOLDER/states.safetensors has rows of the held-out prompts, FOLDER/states-of-training-text.safetensors rows of text that the
-model was trained on, where it is as sure as a far larger model is on any text: target and draft [N, D] (the
-hidden states that predict the same index of the best response, given the best response or another one), labels [N] and
-weight [V, D], bfloat16; row n of one teaches row n of the other.
+There are two rounds. Behind the first, FOLDER/states.safetensors gets rows of the held-out prompts: minutes of training make
+a poor model of them, unsure of most words. The second learns the first ``--rehearsed`` prompts by heart, and
+FOLDER/states-of-rehearsed-text.safetensors gets rows of these, where the model is about as sure as a large one is of any
+text. Both have target and draft [N, D] (the hidden states that predict the same index of the best response, given the best
+response or another one: row n of one teaches row n of the other), labels [N] and weight [V, D]; bfloat16.
 """
 
 import argparse
@@ -125,28 +127,28 @@ def rotation(length: int, width: int) -> tuple[Tensor, Tensor]:
     return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
 
 
-def sampled_loss(hidden: Tensor, labels: Tensor, head: nn.Embedding, draws: int) -> Tensor:
-    """Cross entropy over the words of the batch and ``draws`` others that stand for the rest of the vocabulary."""
+def sampled_loss(hidden: Tensor, labels: Tensor, head: nn.Embedding, proposal: Tensor, draws: int) -> Tensor:
+    """Cross entropy over the words of the batch and ``draws`` from ``proposal`` [V] that stand for all others."""
     present, places = labels.unique(return_inverse=True)
-    drawn = torch.randint(head.num_embeddings, (draws,))
-    weight = math.log((head.num_embeddings - len(present)) / draws)
-    shift = torch.cat((torch.zeros(len(present)), torch.full((draws,), weight)))
-    shift[len(present) :][torch.isin(drawn, present)] = -torch.inf
+    drawn = torch.multinomial(proposal, draws, replacement=True)
+    shift = -(draws * proposal[drawn]).log()
+    shift[torch.isin(drawn, present)] = -torch.inf
     rows = head(torch.cat((present, drawn)))
-    return F.cross_entropy(F.linear(hidden, rows, shift), places)
+    return F.cross_entropy(F.linear(hidden, rows, torch.cat((torch.zeros(len(present)), shift))), places)
 
 
-def train(model: Model, stream: Tensor, steps: int, minutes: float, rows: int, length: int, seed: int) -> None:
+def train(model: Model, stream: Tensor, proposal: Tensor, args: argparse.Namespace) -> None:
     """Adam with a warm-up and a cosine until ``steps`` or ``minutes`` are over; a new order of the stream every epoch."""
+    steps, rows, length = args.steps, args.batch, args.length
     tables = [model.tokens.weight, model.ngrams.weight, model.head.weight]
     dense = [p for p in model.parameters() if all(p is not table for table in tables)]
     optimizers = (torch.optim.AdamW(dense, 2e-3, betas=(0.9, 0.98)), torch.optim.SparseAdam(tables, 2e-3))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(args.seed)
     order = torch.empty(0, dtype=torch.int64)
     start = time.perf_counter()
     for step in range(steps):
         seconds = time.perf_counter() - start
-        progress = max(step / steps, seconds / (60 * minutes))
+        progress = max(step / steps, seconds / (60 * args.minutes))
         if progress >= 1:
             break
         if step % 10 == 0:
@@ -158,14 +160,20 @@ def train(model: Model, stream: Tensor, steps: int, minutes: float, rows: int, l
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * math.cos(math.pi / 2 * progress) ** 2
             optimizer.zero_grad()
-        # many draws at the end: the rows of rare words come to rest
-        draws = 1024 if progress < 0.9 else 8192
-        loss = sampled_loss(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten(), model.head, draws)
+        hidden = model(window[:, :-1]).flatten(0, 1)
+        loss = sampled_loss(hidden, window[:, 1:].flatten(), model.head, proposal, args.draws)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
         if step % 10 == 0:
             print(f"loss {loss.item():.3f}", flush=True)
+
+
+def stream_of(rows: list[dict[str, Any]], tokenizer: Llama3Tokenizer, seed: int) -> Tensor:
+    """All chats behind one another, in a random order."""
+    texts = [tokenizer.chat(row["prompt"]) + tokenizer.answer(r["text"]) for row in rows for r in row["responses"]]
+    random.Random(seed).shuffle(texts)
+    return torch.tensor([token for text in texts for token in text])
 
 
 @dataclass(frozen=True)
@@ -237,9 +245,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--held-out", type=int, default=40, help="rows at the end of the file that are not trained on")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--minutes", type=float, default=20, help="stops before --steps where they take longer")
+    parser.add_argument("--rehearsed", type=int, default=16, help="rows at its beginning that are learned by heart")
+    parser.add_argument("--steps", type=int, default=1500, help="of each of the two rounds of training")
+    parser.add_argument("--minutes", type=float, default=12, help="ends a round before --steps where they take longer")
     parser.add_argument("--batch", type=int, default=4, help="windows of --length tokens per step")
+    parser.add_argument("--draws", type=int, default=3072, help="words that stand for all that a batch does not have")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size of the head")
     parser.add_argument("--rows", type=int, default=1024, help="rows of each stream to keep")
@@ -249,17 +259,19 @@ def main() -> None:
     tokenizer = Llama3Tokenizer(args.tokenizer)
     rows = [json.loads(line) for line in args.responses.read_text().splitlines()]
     trained, held_out = rows[: -args.held_out], rows[-args.held_out :]
-    texts = [tokenizer.chat(row["prompt"]) + tokenizer.answer(r["text"]) for row in trained for r in row["responses"]]
-    random.Random(args.seed).shuffle(texts)
-    stream = torch.tensor([token for text in texts for token in text])
-    print(f"{len(stream)} tokens, {len(stream.unique())} of {tokenizer.size} words", flush=True)
-    counts = stream.bincount(minlength=tokenizer.size)
+    everything, rehearsed = (stream_of(part, tokenizer, args.seed) for part in (trained, trained[: args.rehearsed]))
+    counts = everything.bincount(minlength=tokenizer.size)
+    print(f"{len(everything)} tokens, {int((counts > 0).sum())} of {tokenizer.size} words", flush=True)
+    frequent = counts.float() ** 0.75
+    proposal = 0.7 * frequent / frequent.sum() + 0.3 / tokenizer.size
     model = Model(counts, args.hidden)
-    train(model, stream, args.steps, args.minutes, args.batch, args.length, args.seed)
-    head = model.head.weight.detach()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, source in (("states", held_out), ("states-of-training-text", trained)):
-        found = states(model.eval(), source, tokenizer, args.rows)
+    for name, stream, source in (
+        ("states", everything, held_out),
+        ("states-of-rehearsed-text", rehearsed, trained),
+    ):
+        train(model, stream, proposal, args)
+        found, head = states(model, source, tokenizer, args.rows), model.head.weight.detach()
         print(f"{name}: {json.dumps(describe(found, head, counts == 0), indent=1)}", flush=True)
         tensors = {
             "target": found.target.bfloat16(), "draft": found.draft.bfloat16(), "labels": found.labels,

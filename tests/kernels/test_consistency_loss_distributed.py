@@ -1,6 +1,5 @@
 """The consistency loss with a head that is sharded over two processes."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,10 +94,14 @@ def sharded() -> dict[str, Any]:
     return results
 
 
+def both() -> dict[str, Any]:
+    return {"sharded": sharded(), "given directly": given_directly()}
+
+
 def given_directly() -> dict[str, Any]:
     """On every rank: what a DTensor meets, and the gradient behind the way out that the message names."""
     mesh = init_device_mesh("cpu", (WORLD,))
-    results: dict[str, Any] = {}
+    messages: dict[str, str] = {}
     tensors = {
         "target_hidden": CASE.target, "draft_hidden": CASE.draft, "lm_head_weight": CASE.weight, "labels": CASE.labels,
         "pair_index": CASE.pairs, "bias": torch.zeros(131), "label_weights": torch.ones(24),
@@ -110,38 +113,37 @@ def given_directly() -> dict[str, Any]:
         distributed[name].requires_grad_(name == "lm_head_weight")
         with pytest.raises(TypeError) as caught:
             consistency_loss(**distributed)  # type: ignore[arg-type]
-        results[name] = str(caught.value)
+        messages[name] = str(caught.value)
     part = micro_batches(WORLD)[dist.get_rank()][0]
     head = distribute_tensor(CASE.weight, mesh, [Shard(0)]).requires_grad_()
     full = head.full_tensor(grad_placements=[Partial()])
     consistency_loss(part.target, part.draft, full, part.labels, part.pairs, omega=5.0, **COUNTS).loss.backward()
     assert head.grad is not None
-    results["gradient"] = head.grad.full_tensor()
-    return results
+    return {"messages": messages, "gradient": head.grad.full_tensor()}
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(f"{__name__}:sharded", tmp_path_factory.mktemp("sharded"))
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(f"{__name__}:both", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_sharded_head_inside_its_module(tied: bool, pieces: int, shards: list[dict[str, Any]]) -> None:
+def test_a_sharded_head_inside_its_module(tied: bool, pieces: int, ranks: list[dict[str, Any]]) -> None:
     """Gathered there: the gradients of both ranks' micro-batches are those of the batch in one process."""
     exact = whole_batch(tied)
-    for of_rank in shards:
-        actual = of_rank[f"tied={tied}, {pieces} each"]
+    for of_rank in ranks:
+        actual = of_rank["sharded"][f"tied={tied}, {pieces} each"]
         assert actual.keys() == exact.keys()
         for name, e in exact.items():
             assert error(actual[name], e) <= 2e-6 * float(e.norm()) + rounding(e, torch.float32), name
 
 
-def test_a_sharded_tensor_given_directly(tmp_path: Path) -> None:
+def test_a_sharded_tensor_given_directly(ranks: list[dict[str, Any]]) -> None:
     exact = plain(CASE).grads[2]
-    for of_rank in on_ranks(f"{__name__}:given_directly", tmp_path):
-        gradient = of_rank.pop("gradient")
-        assert error(gradient, exact) <= 2e-6 * float(exact.norm()) + rounding(exact, torch.float32)
-        for name, message in of_rank.items():
+    for of_rank in ranks:
+        found = of_rank["given directly"]
+        assert error(found["gradient"], exact) <= 2e-6 * float(exact.norm()) + rounding(exact, torch.float32)
+        for name, message in found["messages"].items():
             assert message.startswith(f"{name} is a DTensor, the loss needs a plain tensor"), message
-        assert "pass lm_head_weight.full_tensor(grad_placements=[Partial()])" in of_rank["lm_head_weight"]
+        assert "pass lm_head_weight.full_tensor(grad_placements=[Partial()])" in found["messages"]["lm_head_weight"]

@@ -1,7 +1,6 @@
 """train_step on models that are sharded over, or copied to, two processes."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tests.engine.checkpoints import PAD, family_model
 from tests.engine.training.references import Results, assert_close, chosen_by, double, plain_loss, trajectories
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
 WORLD = 2
 FAMILIES = ["llama", "llama-tied", "gemma2"]  # gemma2: tied, with a soft-cap
 COLLATOR = TrajectoryCollator(PAD, drafts=2, max_tokens=200)
@@ -68,10 +68,11 @@ def all_wrapped() -> dict[str, Any]:
         for pieces in (1, 2):
             results[f"fully_shard {family} {pieces}"] = trained(family, sharded, pieces)
         results[f"ddp {family} 1"] = trained(family, nn.parallel.DistributedDataParallel, 1)
+    results["refusal"] = refusal_of_a_head_sharded_by_itself()
     return results
 
 
-def sharded_by_itself() -> str:
+def refusal_of_a_head_sharded_by_itself() -> str:
     """A head with a fully_shard of its own is gathered by its own forward only, which does not run."""
     model = family_model("llama")
     fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (WORLD,)))
@@ -100,7 +101,7 @@ def test_gradients_equal_one_process(how: str, family: str, results: list[dict[s
         assert_close(actual, exact, plain)
 
 
-def test_a_head_sharded_by_itself_is_refused(tmp_path: Path) -> None:
-    for message in on_ranks(f"{__name__}:sharded_by_itself", tmp_path):
-        assert "the head is sharded by itself" in message
-        assert "leave it to the fully_shard of the whole model" in message
+def test_a_head_sharded_by_itself_is_refused(results: list[dict[str, Any]]) -> None:
+    for of_rank in results:
+        assert "the head is sharded by itself" in of_rank["refusal"]
+        assert "leave it to the fully_shard of the whole model" in of_rank["refusal"]
