@@ -18,7 +18,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Markdown, or what to say without rows."""
+    if not rows:
+        return "Not measured."
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
@@ -63,7 +65,7 @@ def accuracy(results: dict[str, Any]) -> str:
     rows = [
         [f"{kind}, {name}", *(f"{errors[name]:.2%}" for errors in by_distance.values())]
         for kind, by_distance in results["accuracy"].items()
-        for name in ("eager", "ours")
+        for name in ("output's own rounding", "eager", "ours")
     ]
     distances = next(iter(results["accuracy"].values()))
     return table(["hidden states", *(f"distance {distance}" for distance in distances)], rows)
@@ -80,6 +82,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 def render(text: str, folder: Path = RESULTS) -> str:
     """``text`` with a table between each pair of markers in it."""
     for name, (file, make) in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         filled = f"<!-- {name} -->\n{make(json.loads((folder / f'{file}.json').read_text()))}\n<!-- /{name} -->"
         text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=filled: new, text, flags=re.DOTALL)
     return text

@@ -137,22 +137,22 @@ def sampled_loss(hidden: Tensor, labels: Tensor, head: nn.Embedding, proposal: T
     return F.cross_entropy(F.linear(hidden, rows, torch.cat((torch.zeros(len(present)), shift))), places)
 
 
-def train(model: Model, stream: Tensor, proposal: Tensor, args: argparse.Namespace) -> None:
-    """Adam with a warm-up and a cosine until ``steps`` or ``minutes`` are over; a new order of the stream every epoch."""
+def train(model: Model, stream: Tensor, proposal: Tensor, until: float, args: argparse.Namespace) -> None:
+    """Adam with a warm-up and a cosine until ``steps`` or ``minutes`` are over or the mean loss is ``until``."""
     steps, rows, length = args.steps, args.batch, args.length
     tables = [model.tokens.weight, model.ngrams.weight, model.head.weight]
     dense = [p for p in model.parameters() if all(p is not table for table in tables)]
     optimizers = (torch.optim.AdamW(dense, 2e-3, betas=(0.9, 0.98)), torch.optim.SparseAdam(tables, 2e-3))
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.empty(0, dtype=torch.int64)
-    start = time.perf_counter()
+    start, mean = time.perf_counter(), 0.0
     for step in range(steps):
         seconds = time.perf_counter() - start
         progress = max(step / steps, seconds / (60 * args.minutes))
-        if progress >= 1:
-            break
         if step % 10 == 0:
-            print(f"step {step}, {progress:.0%}, {seconds:.0f} s", flush=True)
+            print(f"step {step}, {progress:.0%}, {seconds:.0f} s, loss {mean:.3f}", flush=True)
+        if progress >= 1 or (step and mean < until):
+            break
         if len(order) < rows:
             order = torch.randperm((len(stream) - 1) // length, generator=generator) * length
         starts, order = order[:rows], order[rows:]
@@ -165,8 +165,7 @@ def train(model: Model, stream: Tensor, proposal: Tensor, args: argparse.Namespa
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        if step % 10 == 0:
-            print(f"loss {loss.item():.3f}", flush=True)
+        mean = loss.item() if step == 0 else 0.8 * mean + 0.2 * loss.item()
 
 
 def stream_of(rows: list[dict[str, Any]], tokenizer: Llama3Tokenizer, seed: int) -> Tensor:
@@ -246,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--held-out", type=int, default=40, help="rows at the end of the file that are not trained on")
     parser.add_argument("--rehearsed", type=int, default=16, help="rows at its beginning that are learned by heart")
+    parser.add_argument("--until", type=float, default=1.3, help="nats per token at which these are known well enough")
     parser.add_argument("--steps", type=int, default=1500, help="of each of the two rounds of training")
     parser.add_argument("--minutes", type=float, default=12, help="ends a round before --steps where they take longer")
     parser.add_argument("--batch", type=int, default=4, help="windows of --length tokens per step")
@@ -266,11 +266,11 @@ def main() -> None:
     proposal = 0.7 * frequent / frequent.sum() + 0.3 / tokenizer.size
     model = Model(counts, args.hidden)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, stream, source in (
-        ("states", everything, held_out),
-        ("states-of-rehearsed-text", rehearsed, trained),
+    for name, stream, source, until in (
+        ("states", everything, held_out, 0.0),
+        ("states-of-rehearsed-text", rehearsed, trained, args.until),
     ):
-        train(model, stream, proposal, args)
+        train(model, stream, proposal, until, args)
         found, head = states(model, source, tokenizer, args.rows), model.head.weight.detach()
         print(f"{name}: {json.dumps(describe(found, head, counts == 0), indent=1)}", flush=True)
         tensors = {
