@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, one round: a check that everything runs")
     parser.add_argument("--states", type=Path, help="safetensors with target, draft, weight and labels")
-    parser.add_argument("--filter-eps", default="0.01,0.03,0.1", help="of the sparse plan, separated by commas")
+    parser.add_argument("--filter-eps", default="0.01,0.02,0.03", help="of the sparse plan, separated by commas")
     parser.add_argument("--only", help=f"shapes, separated by commas: {', '.join(SHAPES)}, states-fp32, states-bf16")
     parser.add_argument("--rounds", type=int, default=5, help="at V = 32,000; large shapes get fewer, three at least")
     parser.add_argument("--name", default="consistency_loss_cpu", help="file name under bench/results/")

@@ -102,7 +102,7 @@ def variants(shape: Shape) -> dict[str, Loss]:
     found |= {f"ours, sparse {eps:g}": partial(ours, filter_eps=eps) for eps in shape.filters}
     if shape.states is not None:
         return found
-    if hasattr(F, "linear_cross_entropy") and not shape.softcap:
+    if hasattr(torch.nn, "LinearCrossEntropyOptions") and not shape.softcap:
         chunked = torch.nn.LinearCrossEntropyOptions()  # chunks of rows, chosen by torch
         found["torch linear CE (CE only)"] = lambda t, d, w, y, cap: F.linear_cross_entropy(t, w, y).float()
         found["torch linear CE, chunked (CE only)"] = lambda t, d, w, y, cap: F.linear_cross_entropy(
