@@ -116,7 +116,7 @@ def accuracy(shape: Shape, distance: float) -> dict[str, float]:
 def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
     """Times, memory and, on hidden states from a file, errors."""
     size = max(shape.v * shape.d / (32000 * 1024), 1)
-    rounds = 1 if args.quick else max(3, round(args.rounds / size))
+    rounds = 1 if args.quick else max(min(3, args.rounds), round(args.rounds / size))
     out: dict[str, Any] = {"mm GFLOP/s": product_ceiling(shape), **times(shape, rounds)}
     if shape.states is not None:
         out["gradient errors"] = gradient_errors(shape)
@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--states", type=Path, help="safetensors with target, draft, weight and labels")
     parser.add_argument("--filter-eps", default="0.01,0.02,0.03", help="of the sparse plan, separated by commas")
     parser.add_argument("--only", help=f"shapes, separated by commas: {', '.join(SHAPES)}, states-fp32, states-bf16")
-    parser.add_argument("--rounds", type=int, default=5, help="at V = 32,000; large shapes get fewer, three at least")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="at V = 32,000; large shapes get fewer, three at least of three or more"
+    )
     parser.add_argument("--name", default="consistency_loss_cpu", help="file name under bench/results/")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
