@@ -8,9 +8,14 @@ per block: its sums, times its mean row of W (or hidden row), weighted by mass: 
 would otherwise be missing in proportion to the mass. Labels always count. Blocks that keep more than ``DENSE_ABOVE``
 keep everything.
 
-A block of g is 128 x 128, so that one product kernel serves both gradients: it walks a list of indices and
-gathers whole rows of two matrices, at least 256 consecutive bytes each. For that, g is also kept as panels of 128 rows in
-which a column is contiguous, where the logits were. Nothing here has been timed on a GPU.
+A block of g is 128 x 128, so that one product kernel serves both gradients: it walks a list of indices and gathers whole
+rows of two matrices, at least 256 consecutive bytes each. For that, g is also kept as panels of 128 rows in which a
+column is contiguous, where the logits were. Smaller blocks would keep less and read more per product.
+
+On 256 rows per stream of a model with V = 128256 and D = 1024 (a float32 model of this plan on a CPU; mean entropy
+5.1 nats), ``filter_eps`` 0.1 multiplied 23% and 34% of g, 3.1 units, and every gradient was within 3e-3 of exact (1.5e-2
+without the rank-one terms); 0.15 gave 2.7 units and 7e-3; 0.2 gave 2.5 and 1.5e-2. 0.1 is a sensible value. Nothing here has
+been timed on a GPU.
 """
 
 from dataclasses import dataclass
