@@ -14,7 +14,8 @@ from engine.errors import EngineError
 from engine.job.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, engine_logs, explain
 from engine.job.interrupt import Interrupted, Signals
 from engine.job.output import Claim
-from engine.training.config import TrainConfig, describe, read_config
+from engine.training.config import TrainConfig
+from engine.training.config_file import describe, read_config
 
 if TYPE_CHECKING:
     from engine.training.prepare import Start

@@ -5,30 +5,19 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from engine.errors import InvalidTrajectory
-from engine.training.collator import TrainBatch, TrajectoryCollator
+from engine.training.collator import TrajectoryCollator
 from engine.training.layout import Trajectory, rank
 
 if TYPE_CHECKING:
     from engine.trajectories.schema import BadRow
 
 logger = logging.getLogger("engine.training")
-
-
-class Batch(TypedDict):
-    """What the trainer is given."""
-
-    input_ids: Tensor
-    """[B, L], also in ``batch``: transformers counts tokens by it."""
-    batch: TrainBatch
-    rows: Tensor
-    """[trajectories]: their places in the data set."""
 
 
 class Trajectories(Dataset[tuple[int, Trajectory]]):
@@ -46,13 +35,14 @@ class Trajectories(Dataset[tuple[int, Trajectory]]):
 
 @dataclass(frozen=True, slots=True)
 class BatchCollator:
-    """The ``collate_fn`` of the trainer's loaders."""
+    """The ``collate_fn`` of the trainer: ``batch`` for train_step; ``rows`` [trajectories], their places in the data set;
+    and ``input_ids`` [B, L] of the batch once more, by which transformers counts."""
 
     collator: TrajectoryCollator
 
-    def __call__(self, rows: Sequence[tuple[int, Trajectory]]) -> Batch:
+    def __call__(self, rows: Sequence[tuple[int, Trajectory]]) -> dict[str, Any]:
         batch = self.collator([trajectory for _, trajectory in rows])
-        return Batch(input_ids=batch["input_ids"], batch=batch, rows=torch.tensor([index for index, _ in rows]))
+        return {"input_ids": batch["input_ids"], "batch": batch, "rows": torch.tensor([index for index, _ in rows])}
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -31,7 +31,7 @@ from engine.job.settings import checkpoint_digest
 from engine.job.source import Source
 from engine.refiner import read_vocabulary
 from engine.text import load_tokenizer
-from engine.training.config import ConfigError, TrainConfig
+from engine.training.config import ALL_LINEAR, ConfigError, TrainConfig
 from engine.training.data import LeftOut, Trajectories, select
 from engine.training.layout import Trajectory
 from engine.training.verify import verify_model
@@ -197,7 +197,7 @@ def load_model(config: TrainConfig, start: Start, device: torch.device, checkpoi
         attn_implementation=_attention(config, start.model_config),
         trust_remote_code=config.trust_remote_code,
     )
-    model.to(device)
+    nn.Module.to(model, device)
     verify_model(model)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -232,7 +232,7 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        target_modules=ALL_LINEAR[0] if targets == ALL_LINEAR else list(targets),
     )
     try:
         return get_peft_model(model, options)
