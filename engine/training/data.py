@@ -105,8 +105,9 @@ def select(
     drafts: int,
     longest_row: int | None,
     positions: int,
+    vocabulary: int,
 ) -> Iterator[Trajectory]:
-    """Ranks them, keeps what training reads of each and leaves out those that do not fit a row or the model's positions."""
+    """Ranks them, keeps what training reads of each and leaves out those that do not fit a row or the model."""
     for trajectory in trajectories:
         try:
             ranked = thinned(rank(trajectory), responses)
@@ -115,14 +116,14 @@ def select(
             continue
         prompt, length = len(trajectory.prompt_ids), min(window, len(ranked[-1]))
         most = prompt + length * (1 + min(drafts, len(ranked) - 1))
-        if prompt + length > positions:
-            left_out.add(
-                "longer than the model's positions", f"trajectory {trajectory.id!r}: {prompt + length} > {positions}"
-            )
+        named = f"trajectory {trajectory.id!r}"
+        largest = max(map(max, (trajectory.prompt_ids, *ranked)))
+        if largest >= vocabulary:
+            left_out.add("outside the model's vocabulary", f"{named}: token {largest} of {vocabulary}")
+        elif prompt + length > positions:
+            left_out.add("longer than the model's positions", f"{named}: {prompt + length} tokens > {positions}")
         elif longest_row is not None and most > longest_row:
-            left_out.add(
-                "longer than max_tokens", f"trajectory {trajectory.id!r}: {most} tokens > max_tokens={longest_row}"
-            )
+            left_out.add("longer than max_tokens", f"{named}: {most} tokens > max_tokens={longest_row}")
         else:
             kept = [array("i", response[:window]) for response in ranked]
             yield Trajectory(id=trajectory.id, prompt_ids=array("i", trajectory.prompt_ids), responses=kept)

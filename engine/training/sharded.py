@@ -1,4 +1,4 @@
-"""Checkpoints of a model sharded by ``fully_shard``: weights as one file, the optimiser in parts for any number of processes."""
+"""Checkpoints of a model sharded by ``fully_shard``: weights as one file, the optimiser in a part per process."""
 
 from pathlib import Path
 from typing import Any
