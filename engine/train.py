@@ -117,7 +117,7 @@ def _prepare(
     """The trainer, on the first process the claim on the output, and the checkpoint to go on from."""
     from transformers.utils.logging import disable_progress_bar
 
-    from engine.training.checkpoint import begin_run, checkpoints
+    from engine.training.checkpoint import begin_run, resume_point
     from engine.training.prepare import arguments, load_model, look, read_data
     from engine.training.trainer import RefinerTrainer
 
@@ -129,15 +129,15 @@ def _prepare(
     args = arguments(config, start, evaluates=evaluation is not None)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading and saving; training says a line per log_every steps instead
-    with args.main_process_first(local=False):
-        if claim:
-            begin_run(output, claim, start.settings)
-    checkpoint = next(reversed(checkpoints(output)), None)
+    checkpoint = resume_point(output, start.settings)
     model = load_model(config, start, args.device, checkpoint)
     trainer = RefinerTrainer(
         model, args, config,
         train=train, evaluation=evaluation, vocabulary=start.vocabulary, tokenizer=start.tokenizer, check=signals.check,
     )  # fmt: skip
+    with args.main_process_first(local=False):
+        if claim:
+            begin_run(output, claim, start.settings)
     return trainer, claim, checkpoint
 
 

@@ -110,17 +110,11 @@ class RefinerTrainer(Trainer):
             self.control.should_training_stop = True
             num_batches = 0
         samples = list(itertools.islice(epoch_iterator, num_batches))
-        try:
-            self._check()
-        except Interrupted as error:
-            self.interrupted = error
         labels = sum(int(sample["batch"]["label_count"]) for sample in samples)
         pairs = sum(int(sample["batch"]["pair_count"]) for sample in samples)
-        counts = torch.tensor([labels, pairs, int(self.interrupted is not None)], device=device)
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        self.stopped = bool(counts[2])  # the processes end together
+        counts = self.accelerator.reduce(torch.tensor([labels, pairs], device=device), reduction="sum")
         self._micro.clear()
-        return samples, counts[:2].clamp_min(1)
+        return samples, counts.clamp_min(1)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -142,8 +136,14 @@ class RefinerTrainer(Trainer):
         """Between the backward passes and the optimiser's step: what is not finite must not reach the weights."""
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        try:
+            self._check()
+        except Interrupted as error:
+            self.interrupted = error
         terms = torch.stack([torch.stack([ar, consistency]) for _, ar, consistency in self._micro]).sum(0)
-        ar, consistency = self.accelerator.reduce(terms, reduction="mean").tolist()
+        terms = torch.cat([terms, terms.new_tensor([self.interrupted is not None])])
+        ar, consistency, stop = self.accelerator.reduce(terms, reduction="mean").tolist()
+        self.stopped = stop > 0  # the processes end together
         if problem := self._watch.problem(ar, consistency, float(norm)):
             raise TrainingDiverged(self._diagnosis(problem, ar, consistency, float(norm)))
         self._terms.append((ar, consistency))
