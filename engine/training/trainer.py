@@ -104,9 +104,8 @@ class RefinerTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one step, and how many labels and pairs there are in those of all processes, [2]."""
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # resumed behind the last step; the trainer would take one more
+        if self.state.global_step >= self.state.max_steps:
+            # resumed behind the last step, in the middle of an epoch: the trainer would take one more before it stops
             self.control.should_training_stop = True
             num_batches = 0
         samples = list(itertools.islice(epoch_iterator, num_batches))

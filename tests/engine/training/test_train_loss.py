@@ -71,6 +71,24 @@ def test_a_step_is_one_batch_however_it_is_split(
     assert_close(actual, exact, plain)
 
 
+def test_each_epoch_has_its_own_order_and_drafts(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = trajectories(seed=4, count=5)
+    trainer = trainer_on(family("llama"), given, tmp_path, batch_size=2, steps=6)
+    seen, inner = [], trainer.compute_loss
+    monkeypatch.setattr(trainer, "compute_loss", lambda m, i, **k: (seen.append(i), inner(m, i, **k))[1])
+    trainer.train()
+    places = [inputs["rows"].tolist() for inputs in seen]
+    collator, drafts = TrajectoryCollator(PAD, drafts=1), set()
+    for step, (rows, inputs) in enumerate(zip(places, seen, strict=True)):
+        collator.set_epoch(step // 2)
+        assert torch.equal(inputs["batch"]["input_ids"], collator([given[row] for row in rows])["input_ids"])
+        drafts |= {(row, *collator.draw(given[row].id, 3)) for row in rows}
+    assert len({(*places[first], *places[first + 1]) for first in (0, 2, 4)}) == 3
+    assert len(drafts) > len({row for row, _ in drafts})
+
+
 def test_evaluation_is_the_loss_over_all(family: Family, tmp_path: Path) -> None:
     """In batches of 2 of 5, the last of them smaller; both terms apart, drafts of the first epoch."""
     model, held = family("llama"), trajectories(seed=9, count=5)

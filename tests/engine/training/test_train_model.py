@@ -135,7 +135,7 @@ def test_an_explosion_is_told_by_the_losses_before() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-@pytest.mark.parametrize(("place", "name"), enumerate(("ar", "consistency", "the gradient's norm")))
+@pytest.mark.parametrize(("place", "name"), list(enumerate(("ar", "consistency", "the gradient's norm"))))
 def test_what_is_not_finite_is_named(place: int, name: str, wrong: float) -> None:
     values = [1.0, 1.0, 1.0]
     values[place] = wrong

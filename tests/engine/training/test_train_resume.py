@@ -1,5 +1,6 @@
 """A run that was killed, interrupted or broken while saving ends as one that was not: weights, optimiser, log, samples."""
 
+import json
 import os
 import shutil
 import signal
@@ -117,6 +118,25 @@ def test_crash_while_saving(
     assert run(again(undisturbed, output)) == 0
     assert_equal_runs(undisturbed / "run", output)
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_run_that_lacks_only_its_refiner_takes_no_further_step(
+    steps: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch, and at the end of one."""
+    settings = again(undisturbed, tmp_path / "run", steps=steps, epochs=1.0)
+
+    def fail(*_: Any) -> None:
+        raise OSError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.RefinerTrainer, "save_refiner", fail)
+        assert run(settings) == 1
+    before = weights(tmp_path / "run" / f"checkpoint-{steps}")
+    assert run(settings) == 0
+    assert_same(weights(tmp_path / "run" / "model"), before)
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == steps
 
 
 def test_with_other_ways_to_run(undisturbed: Path, tmp_path: Path) -> None:
