@@ -68,14 +68,16 @@ struct alignas(64) LossState {
 
 // One block of logits of one group of rows: target rows, then the draft rows that they teach.
 struct LossArgs {
-  float* kept;              // [kept_rows, v] logits; their gradients after the second pass
-  float* fresh;             // [rows - kept_rows, block] those of the other rows; in the second pass again as the product leaves them
+  float* slots;             // [slot_rows, count] logits of the first rows, in the block's part of the head's gradient
+  float* kept;              // [kept_rows - slot_rows, v] logits of the next rows
+  float* fresh;             // [rows, block] of the last rows logits, in the second pass again as the product leaves them;
+                            // after it of all rows the gradient
   const float* bias;        // [v] or null
   const int64_t* labels;    // [targets]
   const int64_t* teachers;  // [rows - targets] rows of the group; a row without a teacher, or equal to it, is its own
   const float* scale;       // [rows] of the row's term; 0: no gradient
   LossState* state;         // [rows]
-  int64_t rows, targets, kept_rows, v, block;
+  int64_t rows, targets, slot_rows, kept_rows, v, block;
   int64_t first, count;     // the block's columns
   float softcap, temperature;  // softcap 0: none
   bool gradients, stats;

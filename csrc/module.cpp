@@ -141,24 +141,25 @@ PyObject* py_gated_activation(PyObject*, PyObject* const* args, Py_ssize_t count
 
 LossArgs read_loss(Reader& r) {
   LossArgs a;
-  a.kept = r.pointer<float>(), a.fresh = r.pointer<float>(), a.bias = r.pointer<float>();
+  a.slots = r.pointer<float>(), a.kept = r.pointer<float>(), a.fresh = r.pointer<float>(), a.bias = r.pointer<float>();
   a.labels = r.pointer<int64_t>(), a.teachers = r.pointer<int64_t>(), a.scale = r.pointer<float>();
   a.state = r.pointer<LossState>();
-  a.rows = r.integer(), a.targets = r.integer(), a.kept_rows = r.integer(), a.v = r.integer(), a.block = r.integer();
+  a.rows = r.integer(), a.targets = r.integer(), a.slot_rows = r.integer(), a.kept_rows = r.integer();
+  a.v = r.integer(), a.block = r.integer();
   a.softcap = r.real(), a.temperature = r.real(), a.gradients = r.integer() != 0, a.stats = r.integer() != 0;
   a.threads = static_cast<int>(r.integer()), a.first = r.integer(), a.count = r.integer();
   return a;
 }
 
 PyObject* py_loss_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 20);
+  Reader r(args, count, 22);
   const Kernels* k = r.kernels();
   const LossArgs a = read_loss(r);
   return run(r, [&] { k->loss_statistics(a); });
 }
 
 PyObject* py_loss_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 20);
+  Reader r(args, count, 22);
   const Kernels* k = r.kernels();
   const LossArgs a = read_loss(r);
   return run(r, [&] { k->loss_gradient(a); });
