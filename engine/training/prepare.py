@@ -203,9 +203,11 @@ def load_model(config: TrainConfig, start: Start, device: torch.device, checkpoi
         attn_implementation=_attention(config, start.model_config),
         trust_remote_code=config.trust_remote_code,
     )
-    nn.Module.to(model, device)
     _mend_generation_config(model)
-    verify_model(model)
+    if not config.fsdp:  # which moves a layer at a time, for models that do not fit in whole
+        nn.Module.to(model, device)
+    if not (config.fsdp and config.attention == "flex_attention"):  # on a CPU it would be compiled for minutes
+        verify_model(model)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     if config.lora_rank:
