@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from engine.training.prepare import Start
     from engine.training.trainer import RefinerTrainer
 
-Say = Callable[[str], None]
 _EPILOG = """\
 resume:      the same command goes on from the last checkpoint, however the run ended; on a CPU to the same bits. Other settings
              or files are refused, but for micro_batch, device, gradient_checkpointing and what only says how to log and save.
@@ -124,7 +123,6 @@ def _prepare(
     start = look(config)
     claim = _claim(config, start, stack)
     train, evaluation = read_data(config, start)
-
     output = Path(config.output)
     args = arguments(config, start, evaluates=evaluation is not None)
     if not sys.stderr.isatty():

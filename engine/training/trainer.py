@@ -278,7 +278,9 @@ class _Flow(TrainerCallback):
     ) -> TrainerControl:
         if self.trainer.stopped:
             control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps:
+        if (
+            state.global_step >= state.max_steps
+        ):  # whether interrupted or not: going on would take no step to evaluate after
             control.should_evaluate = self.trainer.eval_dataset is not None
         # the mean of a log line must not reach over a checkpoint: what is behind it would be missing after a resume
         control.should_log = control.should_log or control.should_save

@@ -71,12 +71,13 @@ def test_kill(undisturbed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "call", "last"), [("compute_loss", 1, 1), ("compute_loss", 3, 3), ("evaluate", 1, 5)]
+    ("where", "call", "last"),
+    [("compute_loss", 1, 1), ("compute_loss", 3, 3), ("evaluate", 1, 5), ("compute_loss", 9, 9)],
 )
 def test_interrupt(
     where: str, call: int, last: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    """The step it comes in is finished and saved: within an epoch, at its end, and the next one while evaluating."""
+    """The step it comes in is finished and saved: within an epoch, at its end, the next one while evaluating, the last."""
     inner, calls = getattr(trainer_module.RefinerTrainer, where), []
 
     def interrupted(self: Any, *args: Any, **options: Any) -> Any:
@@ -91,7 +92,7 @@ def test_interrupt(
     assert "interrupted by SIGINT: the same command goes on from here" in capfd.readouterr().err
     assert checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{last}"
     assert run(again(undisturbed, tmp_path / "run")) == 0
-    assert_equal_runs(undisturbed / "run", tmp_path / "run", log=False)
+    assert_equal_runs(undisturbed / "run", tmp_path / "run", log=last == 9)  # an interrupt adds a line to the log
 
 
 @pytest.mark.parametrize("broken", ["_save_optimizer_and_scheduler", "_save_rng_state", "save_refiner"])
