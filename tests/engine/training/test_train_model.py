@@ -121,6 +121,23 @@ def test_nan_stops_before_the_weights(tmp_path: Path, capfd: Any) -> None:
     assert "step 2 of 9 was not taken" in capfd.readouterr().err
 
 
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small_run(tmp_path)
+    inner, calls = trainer_module.train_step, []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+        return inner(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "train_step", fail)
+    assert run(settings) == 1
+    said = "CUDA out of memory. Tried to allocate 2 GiB.; the same command goes on with a smaller micro_batch"
+    assert said in capfd.readouterr().err
+    assert run({**settings, "micro_batch": 2}) == 0
+
+
 def test_an_explosion_is_told_by_the_losses_before() -> None:
     watch = Watch(omega=10.0, explosion=5.0)
     assert [watch.problem(1.0, 9.0 if step == 7 else 0.1, 1.0) for step in range(20)] == [
