@@ -226,7 +226,7 @@ def test_the_same_bits_every_time(impl: LossImpl) -> None:
 @pytest.mark.parametrize(("m", "ignored"), [(0, 0.0), (1, 0.0), (20, 1.0)])
 def test_masked_and_empty(m: int, ignored: float, impl: LossImpl) -> None:
     case = random_case(m, 1, 8, 50, ignored=ignored, unpaired=ignored)
-    assert_close(sparse(case, impl), case, bounded=False)
+    assert_close(sparse(case, impl), case, twice=m > 1)  # of one row plain float32's own error may be luck
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

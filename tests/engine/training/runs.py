@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -86,7 +87,11 @@ def start(settings: dict[str, Any], *, processes: int | None = None) -> "subproc
             "engine.train",
         ]  # fmt: skip
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    return subprocess.Popen([*launcher, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # equal bits need equal sums: as many threads as the runs in this process have
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [*launcher, *given], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
