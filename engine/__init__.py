@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NonFiniteLogits,
         OutOfMemory,
         RequestTooLong,
+        TrainingDiverged,
         UnsupportedModel,
     )
     from engine.kernels import ConsistencyLoss, ConsistencyLossOutput, consistency_loss
@@ -45,6 +46,7 @@ __all__ = [
     "Result",
     "Session",
     "TrainStepOutput",
+    "TrainingDiverged",
     "Trajectory",
     "TrajectoryCollator",
     "UnsupportedModel",

@@ -29,5 +29,9 @@ class InvalidTrajectory(EngineError):
     """A trajectory cannot be trained on as it is; leave it out or mend it."""
 
 
+class TrainingDiverged(EngineError):
+    """The loss or its gradient is not finite, or the loss exploded; that step was not taken."""
+
+
 class EngineDead(EngineError):
     """The refiner was closed."""
