@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.reproduction.data import HELD_OUT
 from bench.reproduction.examples import ASSISTANT, END, PAD, USER, Example, ExampleMaker, Row, load_rows
 from bench.reproduction.induction import write_induction
 
-HELD_OUT = 40
 POSITIONS = 2048
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

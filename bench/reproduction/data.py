@@ -42,17 +42,12 @@ def repair_row(name: str, prompt: str, clean: str, damaged: str) -> Fields:
     }
 
 
-def repairs(
-    rows: Sequence[Row], core: Tokenizer, words: list[str], rng: random.Random, *, others: bool
-) -> list[Fields]:
-    """One repair of the best response of every row, cut to ``REPAIR_TOKENS``; with ``others`` one of another response too."""
+def repairs(rows: Sequence[Row], core: Tokenizer, words: list[str], rng: random.Random, *, best: bool) -> list[Fields]:
+    """One repair per row, of the best response or of any of them, cut to ``REPAIR_TOKENS``."""
     made = []
     for index, row in enumerate(rows):
-        texts = [row.best, *([rng.choice(row.others)] if others and row.others else [])]
-        for number, text in enumerate(texts):
-            clean = cut(text, REPAIR_TOKENS, core)
-            if clean:
-                made.append(repair_row(f"repair-{index:04d}-{number}", row.prompt, clean, damage(clean, rng, words)))
+        clean = cut(row.best if best else rng.choice((row.best, *row.others)), REPAIR_TOKENS, core)
+        made.append(repair_row(f"repair-{index:04d}", row.prompt, clean, damage(clean, rng, words)))
     return made
 
 
@@ -73,11 +68,11 @@ def prepare(responses: Path, tokenizer: Path, out: Path, seed: int) -> None:
     core = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     rng = random.Random(seed)
     words = ExampleMaker(rows[:-HELD_OUT], core, rng).words
-    train = [*plain[:-HELD_OUT], *repairs(rows[:-HELD_OUT], core, words, rng, others=True)]
+    train = [*plain[:-HELD_OUT], *repairs(rows[:-HELD_OUT], core, words, rng, best=False)]
     rng.shuffle(train)
     write(out / "train.jsonl", train)
     write(out / "plain.jsonl", plain[-HELD_OUT:])
-    write(out / "repair.jsonl", repairs(rows[-HELD_OUT:], core, words, random.Random(7), others=False))
+    write(out / "repair.jsonl", repairs(rows[-HELD_OUT:], core, words, random.Random(7), best=True))
 
 
 def main() -> None:

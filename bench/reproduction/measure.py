@@ -122,28 +122,37 @@ def measure(folder: Path, data: Path, mt_bench: Path | None) -> dict[str, Any]:
             sets["mt_bench"] = {"given": judge.judge(cases, iterates=False)}
         judge = Judge(refiner, tokenizer, TRAINED_TOKENS)
         sets["repair"] = {"given": judge.judge(repair)}
-        none = controlled(spread(repair, 1, every=2), "none", len(tokenizer), TRAINED_TOKENS)
-        sets["repair"]["none"] = judge.judge(none)
     for name in ("plain", "repair"):
         measured["losses"][name] = losses(folder, data / f"{name}.jsonl")
     return measured
 
 
+def history(run: Path) -> dict[str, Any]:
+    """Settings and loss curve of a run of ``engine.train``."""
+    record = json.loads((run / "run.job").read_text().splitlines()[0])
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    points = [entry for entry in log if "ar" in entry]
+    curve = {name: [round(entry[name], 4) for entry in points] for name in ("step", "ar", "consistency")}
+    return {"settings": record["settings"], "curve": curve}
+
+
 def main() -> None:
     """Command line: measures checkpoints and puts them into the results, beside those already there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="NAME=FOLDER", help="name in the tables and checkpoint folder"
-    )
+    text = "name in the tables; folder of a checkpoint, or of a run of engine.train"
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER", help=text)
     parser.add_argument("--data", type=Path, required=True, help="folder written by bench.reproduction.data")
     parser.add_argument("--mt-bench", type=Path, help="JSON lines with turns and drafts: steps on these as well")
     parser.add_argument("--results", type=Path, default=RESULTS / "reproduction.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = json.loads(args.results.read_text()) if args.results.exists() else {"runs": {}}
     for item in args.checkpoints:
         name, _, folder = item.partition("=")
-        results[name] = measure(Path(folder), args.data, args.mt_bench)
+        trained = (Path(folder) / "model").exists()
+        checkpoint = Path(folder, "model") if trained else Path(folder)
+        measured = measure(checkpoint, args.data, args.mt_bench)
+        results["runs"][name] = (history(Path(folder)) if trained else {}) | measured
         args.results.write_text(dump(results))
         print(f"measured {name}", flush=True)
 

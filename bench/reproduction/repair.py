@@ -8,109 +8,121 @@ demonstration.
 import argparse
 import json
 import random
-from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
-from refiner_data import CONDITION, ExampleMaker, cut, damage, load_rows
-from train_refiner import HELD_OUT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.reproduction.data import HELD_OUT, PROMPT_CHARACTERS
+from bench.reproduction.examples import ExampleMaker, cut, damage, load_rows
+from bench.reproduction.measure import similarity
+from engine import RefineOptions, Refiner
+from engine.options import DEFAULT_CONDITION
+from engine.refiner import DEFAULT_CHECKPOINT
+from engine.text import load_tokenizer
+
+DEMO = Path(__file__).parents[1] / "demo" / "drafts.jsonl"
+LONGEST = 256
+"""Tokens of a real draft that are refined."""
+Rows = list[dict[str, Any]]
 
 
-def similarity(a: str, b: str) -> float:
-    """Difflib ratio of two texts on words."""
-    return SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
+class Corrector:
+    """A checkpoint that corrects drafts shown in its prompt."""
 
+    def __init__(self, refiner: Refiner, tokenizer: Any) -> None:
+        self.refiner, self.tokenizer = refiner, tokenizer
 
-class Refiner:
-    """A checkpoint that refines one draft at a time with greedy search."""
-
-    def __init__(self, path: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-    @torch.no_grad()
     def __call__(self, prompt: str, draft: str) -> str:
-        """Refine ``draft``."""
-        chat = [{"role": "user", "content": CONDITION.format(prompt=prompt, draft=draft)}]
-        inputs = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        """The greedy answer, of at most 1.2 times the draft's tokens and 16."""
         limit = int(1.2 * len(self.tokenizer(draft).input_ids)) + 16
-        output = self.model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        options = RefineOptions(condition=DEFAULT_CONDITION, max_new_tokens=limit)
+        (result,) = self.refiner.refine([{"prompt": prompt, "draft": draft}], options)
+        if result.error:
+            raise result.error
+        return result.text or ""
 
 
-def repair(refiner: Refiner, data: Path, seed: int) -> list[dict]:
+def repair(corrector: Corrector, data: Path, seed: int) -> Rows:
     """Refine damaged held-out best responses of at most 128 tokens."""
     rows = load_rows(data)
     rng = random.Random(seed)
-    core = refiner.tokenizer.backend_tokenizer
+    core = corrector.tokenizer.backend_tokenizer
     words = ExampleMaker(rows[:-HELD_OUT], core, rng).words
     results = []
     for row in rows[-HELD_OUT:]:
         clean = cut(row.best, 128, core)
         draft = damage(clean, rng, words)
-        output = refiner(row.prompt[:800], draft)
+        output = corrector(row.prompt[:PROMPT_CHARACTERS], draft)
         results.append({"prompt": row.prompt, "draft": draft, "output": output, "clean": clean})
     return results
 
 
-def real(refiner: Refiner, drafts: Path, count: int) -> list[dict]:
+def real(corrector: Corrector, drafts: Path, count: int) -> Rows:
     """Refine the first-turn drafts of ``count`` evenly spaced rows."""
     rows = [json.loads(line) for line in drafts.read_text(encoding="utf-8").splitlines()]
-    core = refiner.tokenizer.backend_tokenizer
+    core = corrector.tokenizer.backend_tokenizer
     results = []
     for row in rows[:: max(1, len(rows) // count)][:count]:
         draft = row["drafts"][0].strip()
-        draft = draft[: core.encode(draft).offsets[:256][-1][1]]
-        results.append({"prompt": row["turns"][0], "draft": draft, "output": refiner(row["turns"][0], draft)})
+        draft = draft[: core.encode(draft).offsets[:LONGEST][-1][1]]
+        results.append({"prompt": row["turns"][0], "draft": draft, "output": corrector(row["turns"][0], draft)})
     return results
 
 
-def demo(refiner: Refiner) -> list[dict]:
+def demo(corrector: Corrector) -> Rows:
     """Refine the demonstration's drafts."""
-    lines = (Path(__file__).parent / "drafts.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{**row, "output": refiner(row["prompt"], row["draft"])} for row in rows]
+    rows = [json.loads(line) for line in DEMO.read_text(encoding="utf-8").splitlines()]
+    return [{**row, "output": corrector(row["prompt"], row["draft"])} for row in rows]
 
 
-def report(name: str, results: list[dict]) -> None:
-    """Print the figures of one set."""
-    figures = {"rows": len(results), "output_vs_draft": mean(similarity(r["output"], r["draft"]) for r in results)}
+def figures(results: Rows) -> dict[str, float]:
+    """Mean similarities on words of one set; of damaged drafts also how many came back clean."""
+    made: dict[str, float] = {
+        "rows": len(results),
+        "output_vs_draft": mean(words_alike(r["output"], r["draft"]) for r in results),
+    }
     damaged = [r for r in results if "clean" in r and r["draft"] != r["clean"]]
     if damaged:
-        figures["damaged_rows"] = len(damaged)
-        figures["draft_vs_clean"] = mean(similarity(r["draft"], r["clean"]) for r in damaged)
-        figures["output_vs_clean"] = mean(similarity(r["output"], r["clean"]) for r in damaged)
-        figures["exact"] = mean(r["output"] == r["clean"] for r in damaged)
         intact = [r for r in results if r["draft"] == r["clean"]]
-        figures["intact_kept"] = f"{sum(r['output'] == r['clean'] for r in intact)}/{len(intact)}"
-    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
-    print(name, json.dumps(rounded), flush=True)
+        made["damaged"] = len(damaged)
+        made["draft_vs_clean"] = mean(words_alike(r["draft"], r["clean"]) for r in damaged)
+        made["output_vs_clean"] = mean(words_alike(r["output"], r["clean"]) for r in damaged)
+        made["better"] = sum(
+            words_alike(r["output"], r["clean"]) > words_alike(r["draft"], r["clean"]) for r in damaged
+        )
+        made["exact"] = sum(r["output"] == r["clean"] for r in damaged)
+        made["intact"] = len(intact)
+        made["intact_kept"] = sum(r["output"] == r["clean"] for r in intact)
+    return {name: round(value, 4) for name, value in made.items()}
+
+
+def words_alike(a: str, b: str) -> float:
+    """Difflib's ratio on words."""
+    return similarity(a.split(), b.split())
 
 
 def main() -> None:
     """Evaluate a checkpoint from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="checkpoint folder (default: the refiner that ships)")
     parser.add_argument("--data", type=Path, help="response file of the training: its held-out rows are repaired")
     parser.add_argument("--real", type=Path, help="JSON lines with turns and drafts")
-    parser.add_argument("--real-count", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--real-count", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 11], help="of the damage")
     parser.add_argument("--write", type=Path, help="JSON lines file for all outputs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    refiner = Refiner(args.model)
-    sets = {"demo": demo(refiner)}
-    report("demo", sets["demo"])
-    if args.data:
-        sets["repair"] = repair(refiner, args.data, args.seed)
-        report("repair", sets["repair"])
-    if args.real:
-        sets["real"] = real(refiner, args.real, args.real_count)
-        report("real", sets["real"])
+    with Refiner.from_pretrained(args.model) as refiner:
+        corrector = Corrector(refiner, load_tokenizer(args.model or DEFAULT_CHECKPOINT, False))
+        sets = {"demo": demo(corrector)}
+        if args.data:
+            sets |= {f"repair, seed {seed}": repair(corrector, args.data, seed) for seed in args.seeds}
+        if args.real:
+            sets["real"] = real(corrector, args.real, args.real_count)
+    for name, results in sets.items():
+        print(name, json.dumps(figures(results)), flush=True)
     if args.write:
         lines = [json.dumps({"set": name, **row}) for name, results in sets.items() for row in results]
         args.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
