@@ -57,7 +57,7 @@ def write(path: Path, rows: Iterable[Fields]) -> None:
 
 
 def prepare(responses: Path, tokenizer: Path, out: Path, seed: int) -> None:
-    """Writes train.jsonl (both kinds, shuffled), plain.jsonl and repair.jsonl (held out) to ``out``."""
+    """Writes train.jsonl (both kinds) and train-repair.jsonl, and of held-out prompts plain.jsonl and repair.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
     built = out / "trajectories.jsonl"
     status = trajectories(["build", "--prompts", str(responses), "--output", str(built), "--overwrite"])
@@ -68,9 +68,11 @@ def prepare(responses: Path, tokenizer: Path, out: Path, seed: int) -> None:
     core = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     rng = random.Random(seed)
     words = ExampleMaker(rows[:-HELD_OUT], core, rng).words
-    train = [*plain[:-HELD_OUT], *repairs(rows[:-HELD_OUT], core, words, rng, best=False)]
+    repaired = repairs(rows[:-HELD_OUT], core, words, rng, best=False)
+    train = [*plain[:-HELD_OUT], *repaired]
     rng.shuffle(train)
     write(out / "train.jsonl", train)
+    write(out / "train-repair.jsonl", repaired)
     write(out / "plain.jsonl", plain[-HELD_OUT:])
     write(out / "repair.jsonl", repairs(rows[-HELD_OUT:], core, words, random.Random(7), best=True))
 
