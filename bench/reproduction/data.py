@@ -24,6 +24,8 @@ from engine.trajectories.command import main as trajectories
 HELD_OUT = 40
 REPAIR_TOKENS = 120
 """Longest clean text of a repair: with the end of its turn it lies inside the window of 128 tokens."""
+REPAIR = "repair"
+"""Source of the rows that hold a damaged draft."""
 PROMPT_CHARACTERS = 800
 """Longer prompts are cut in front of a draft."""
 Fields = dict[str, Any]
@@ -34,7 +36,7 @@ def repair_row(name: str, prompt: str, clean: str, damaged: str) -> Fields:
     return {
         "prompt_id": name,
         "prompt": CONDITION.format(prompt=prompt[:PROMPT_CHARACTERS], draft=damaged),
-        "source": "repair",
+        "source": REPAIR,
         "responses": [
             {"model": "damaged", "text": damaged, "reward": 0.0},
             {"model": "clean", "text": clean, "reward": 1.0},
@@ -68,11 +70,10 @@ def prepare(responses: Path, tokenizer: Path, out: Path, seed: int) -> None:
     core = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     rng = random.Random(seed)
     words = ExampleMaker(rows[:-HELD_OUT], core, rng).words
-    repaired = repairs(rows[:-HELD_OUT], core, words, rng, best=False)
-    train = [*plain[:-HELD_OUT], *repaired]
+    train = [*plain[:-HELD_OUT], *repairs(rows[:-HELD_OUT], core, words, rng, best=False)]
     rng.shuffle(train)
     write(out / "train.jsonl", train)
-    write(out / "train-repair.jsonl", repaired)
+    write(out / "train-repair.jsonl", (row for row in train if row.get("source") == REPAIR))
     write(out / "plain.jsonl", plain[-HELD_OUT:])
     write(out / "repair.jsonl", repairs(rows[-HELD_OUT:], core, words, random.Random(7), best=True))
 

@@ -45,8 +45,8 @@ train omega-1000 writer train omega=1000 steps=70
 train shipped copier train-repair omega=0.1 lr=5e-5
 
 # 4. What came out.
-for name in writer ar omega-0.1 omega-1 omega-10 omega-1000; do
-    "$python" -m bench.reproduction.measure "$name=$folder/$name" --data "$folder/data" ${mt_bench:+--mt-bench "$mt_bench"}
+for name in base=writer ar=ar omega-0.1=omega-0.1 omega-1=omega-1 omega-10=omega-10 omega-1000=omega-1000; do
+    "$python" -m bench.reproduction.measure "${name%=*}=$folder/${name#*=}" --data "$folder/data" ${mt_bench:+--mt-bench "$mt_bench"}
 done
 "$python" -m bench.reproduction.table
 "$python" -m bench.reproduction.plot
