@@ -24,10 +24,10 @@ def plot(runs: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     titles = {"ar": "cross entropy of the best response", "consistency": "consistency loss, without omega"}
     for panel, (term, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for name, run in runs.items():
+        for number, (name, run) in enumerate(runs.items()):  # by number, so that a run has one colour in both panels
             curve = run.get("curve")
             if curve and any(curve[term]):
-                panel.plot(curve["step"], smooth(curve[term]), label=name)
+                panel.plot(curve["step"], smooth(curve[term]), f"C{number}", label=name)
         panel.set(title=title, xlabel="optimiser step", ylabel="nats per token")
         panel.grid(alpha=0.3)
         panel.legend()

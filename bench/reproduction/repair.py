@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from bench.measure import RESULTS
 from bench.reproduction.data import HELD_OUT, PROMPT_CHARACTERS
 from bench.reproduction.examples import ExampleMaker, cut, damage, load_rows
-from bench.reproduction.measure import similarity
+from bench.reproduction.measure import dump, similarity
 from engine import RefineOptions, Refiner
 from engine.options import DEFAULT_CONDITION
 from engine.refiner import DEFAULT_CHECKPOINT
@@ -78,7 +79,7 @@ def demo(corrector: Corrector) -> Rows:
 
 
 def figures(results: Rows) -> dict[str, float]:
-    """Mean similarities on words of one set; of damaged drafts also how many came back clean."""
+    """Mean similarities on words of one set; of damaged drafts also how many came back better, or clean."""
     made: dict[str, float] = {
         "rows": len(results),
         "output_vs_draft": mean(words_alike(r["output"], r["draft"]) for r in results),
@@ -89,6 +90,7 @@ def figures(results: Rows) -> dict[str, float]:
         made["damaged"] = len(damaged)
         made["draft_vs_clean"] = mean(words_alike(r["draft"], r["clean"]) for r in damaged)
         made["output_vs_clean"] = mean(words_alike(r["output"], r["clean"]) for r in damaged)
+        made["cut_short"] = sum(len(r["output"].split()) < 0.8 * len(r["clean"].split()) for r in results)
         made["better"] = sum(
             words_alike(r["output"], r["clean"]) > words_alike(r["draft"], r["clean"]) for r in damaged
         )
@@ -110,7 +112,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="response file of the training: its held-out rows are repaired")
     parser.add_argument("--real", type=Path, help="JSON lines with turns and drafts")
     parser.add_argument("--real-count", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 11], help="of the damage")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 11, 21, 22, 23, 24], help="of the damage")
+    parser.add_argument("--name", help="put the figures into the results of bench.reproduction, under this name")
+    parser.add_argument("--results", type=Path, default=RESULTS / "reproduction.json")
     parser.add_argument("--write", type=Path, help="JSON lines file for all outputs")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -121,8 +125,13 @@ def main() -> None:
             sets |= {f"repair, seed {seed}": repair(corrector, args.data, seed) for seed in args.seeds}
         if args.real:
             sets["real"] = real(corrector, args.real, args.real_count)
-    for name, results in sets.items():
-        print(name, json.dumps(figures(results)), flush=True)
+    made = {name: figures(results) for name, results in sets.items()}
+    for name, values in made.items():
+        print(name, json.dumps(values), flush=True)
+    if args.name:
+        kept = json.loads(args.results.read_text())
+        kept.setdefault("correctors", {})[args.name] = made
+        args.results.write_text(dump(kept))
     if args.write:
         lines = [json.dumps({"set": name, **row}) for name, results in sets.items() for row in results]
         args.write.write_text("\n".join(lines) + "\n", encoding="utf-8")

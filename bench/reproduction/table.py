@@ -1,7 +1,7 @@
-"""Prints the tables of bench/results/reproduction.json: means over held-out prompts, with 95 % intervals by bootstrap.
+"""Writes bench/results/reproduction.md: the tables of reproduction.json, means over held-out prompts with 95 % intervals.
 
-An interval comes from drawing prompts, not drafts: the drafts of one prompt are no independent trials. Differences to plain
-fine-tuning are taken prompt by prompt before they are averaged.
+The bootstrap draws prompts, not drafts: the drafts of one prompt are no independent trials. Differences to plain fine-tuning
+are taken prompt by prompt before they are averaged.
 """
 
 import argparse
@@ -74,6 +74,18 @@ def markdown(head: Sequence[str], rows: Rows) -> str:
 def accepted(columns: Columns, steps: str = "steps", model: str | None = None) -> Values:
     """Answer tokens per step, prompt by prompt."""
     return ratio(by_prompt(columns, "answer_tokens", model), by_prompt(columns, steps, model))
+
+
+def trained(results: dict[str, Any]) -> str:
+    """How every run was trained."""
+    head = ["run", "omega", "drafts", "steps", "batch", "learning rate"]
+    rows = []
+    for run, measured in results.items():
+        if "settings" in measured:
+            settings, steps = measured["settings"], measured["curve"]["step"][-1]
+            shown = (settings["omega"], settings["drafts"], steps, settings["batch_size"], settings["lr"])
+            rows.append([run, *(f"{value:g}" for value in shown)])
+    return markdown(head, rows)
 
 
 def overview(results: dict[str, Any], kind: str) -> str:
@@ -156,10 +168,35 @@ def by_model(results: dict[str, Any], kind: str) -> str:
     return markdown(head, rows)
 
 
+def correctors(checkpoints: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Checkpoints that correct drafts shown in their prompt; damaged drafts of all seeds together."""
+    head = [
+        "checkpoint",
+        "demo: output to draft",
+        "real: output to draft",
+        "damaged drafts",
+        "draft to clean",
+        "output to clean",
+    ]
+    head += ["better", "clean", "cut short", "undamaged kept"]
+    rows = []
+    for name, sets in checkpoints.items():
+        repairs = [figures for kind, figures in sets.items() if kind.startswith("repair")]
+        damaged = sum(figures["damaged"] for figures in repairs)
+        means = (sum(f[key] * f["damaged"] for f in repairs) / damaged for key in ("draft_vs_clean", "output_vs_clean"))
+        intact = sum(figures["intact"] for figures in repairs)
+        counts = [sum(figures[key] for figures in repairs) for key in ("better", "exact", "cut_short", "intact_kept")]
+        kept = (f"{sets[kind]['output_vs_draft']:.3f}" if kind in sets else "–" for kind in ("demo", "real"))
+        shown = [*(f"{mean:.3f}" for mean in means), *map(str, counts[:3]), f"{counts[3]} of {intact}"]
+        rows.append([name, *kept, str(damaged), *shown])
+    return markdown(head, rows)
+
+
 def report(results: dict[str, Any]) -> str:
     """All tables as Markdown."""
     runs = results["runs"]
     parts = [
+        ("Runs", trained(runs)),
         ("Answers to plain prompts, from drafts of every base model", overview(runs, "plain")),
         ("Similarity of tokens to the best response", similarities(runs, "plain", "tokens")),
         ("Similarity of words to the best response", similarities(runs, "plain", "words")),
@@ -171,6 +208,8 @@ def report(results: dict[str, Any]) -> str:
         ("Damaged drafts: similarity of tokens to the clean text", similarities(runs, "repair", "tokens")),
         ("Damaged drafts: similarity of words to the clean text", similarities(runs, "repair", "words")),
     ]
+    if "correctors" in results:
+        parts.append(("What ships: similarity on words, greedy answers", correctors(results["correctors"])))
     return "\n".join(f"### {title}\n\n{table}" for title, table in parts)
 
 
@@ -178,7 +217,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "reproduction.json")
-    print(report(json.loads(parser.parse_args().results.read_text())))
+    args = parser.parse_args()
+    text = report(json.loads(args.results.read_text()))
+    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
