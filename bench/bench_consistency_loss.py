@@ -1,9 +1,11 @@
 """The consistency loss on a CPU against eager PyTorch, torch.compile and the chunked losses that run there.
 
-    python -m bench.bench_consistency_loss [--quick] [--only fp32-32k,bf16-32k,...] [--rounds N]
+    python -m bench.bench_consistency_loss [--quick] [--states FILE] [--only fp32-32k,states-bf16,...] [--rounds N]
 
 Loss and gradients of both streams and the head. The variants take turns in one process for the times; each gets a process
 of its own for the peak memory (high-water mark above what the inputs take; gradients included and, beside it, subtracted).
+With ``--states``, hidden states of a trained model (bench/trained_states.py makes such a file), also the sparse plan, every
+gradient's error against float64 beside its time. ``python -m bench.report`` makes README's tables of the results.
 """
 
 import argparse
@@ -11,91 +13,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.consistency_states import exact_gradients, relative_error
+from bench.consistency_variants import OMEGA, SHAPES, Shape, eager, inputs, known_shapes, ours, step, variants
 from bench.measure import interleaved, machine, medians, ratio, save
-from engine import consistency_loss
 
-OMEGA = 1e3
 MB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Rows of each stream, hidden size, vocabulary."""
-
-    rows: int
-    d: int
-    v: int
-    dtype: torch.dtype
-    softcap: float | None = None
-
-
-SHAPES = {
-    "fp32-32k": Shape(512, 1024, 32000, torch.float32),
-    "bf16-32k": Shape(512, 1024, 32000, torch.bfloat16),
-    "fp32-32k-softcap": Shape(512, 1024, 32000, torch.float32, 30.0),
-    "bf16-32k-softcap": Shape(512, 1024, 32000, torch.bfloat16, 30.0),
-    "fp32-128k": Shape(512, 1024, 128256, torch.float32),
-    "bf16-128k": Shape(512, 1024, 128256, torch.bfloat16),
-    "bf16-256k-softcap": Shape(1024, 2304, 256000, torch.bfloat16, 30.0),
-}
-QUICK = Shape(96, 256, 8000, torch.float32)
-
-
-def inputs(shape: Shape, distance: float = 0.3) -> tuple[list[Tensor], Tensor]:
-    """Leaves target, draft, head, at a relative distance between the streams, and labels."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randn(shape.rows, shape.d, generator=generator)
-    draft = target + distance * torch.randn(shape.rows, shape.d, generator=generator)
-    head = torch.randn(shape.v, shape.d, generator=generator).mul_(shape.d**-0.5)
-    labels = torch.randint(0, shape.v, (shape.rows,), generator=generator)
-    return [t.to(shape.dtype).requires_grad_() for t in (target, draft, head)], labels
-
-
-def eager(target: Tensor, draft: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """What a training script does: logits of the model's dtype, widened for the losses."""
-    z_target, z_draft = F.linear(target, head).float(), F.linear(draft, head).float()
-    if softcap:
-        z_target, z_draft = softcap * torch.tanh(z_target / softcap), softcap * torch.tanh(z_draft / softcap)
-    log_p, log_q = z_target.detach().log_softmax(-1), z_draft.log_softmax(-1)
-    return F.cross_entropy(z_target, labels) + OMEGA * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-
-
-def ours(target: Tensor, draft: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """The same through the one operation."""
-    pairs = torch.arange(len(draft))
-    return consistency_loss(target, draft, head, labels, pairs, omega=OMEGA, softcap=softcap).loss
-
-
-def variants(shape: Shape) -> dict[str, Callable[..., Tensor]]:
-    """Complete losses, and peers for the cross entropy of one stream: those say what a half costs elsewhere."""
-    compiled = torch.compile(eager)
-    found: dict[str, Callable[..., Tensor]] = {"eager": eager, "compile": compiled, "ours": ours}
-    if hasattr(F, "linear_cross_entropy") and not shape.softcap:
-        found["torch_linear_ce (CE only)"] = lambda t, d, w, y, cap: F.linear_cross_entropy(t, w, y).float()
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut_cross_entropy (CE only)"] = lambda t, d, w, y, cap: linear_cross_entropy(
-            t, w, y, softcap=cap, impl="torch_compile"
-        )
-    except ImportError:
-        pass
-    return found
-
-
-def step(loss: Callable[..., Tensor], leaves: list[Tensor], labels: Tensor, softcap: float | None) -> None:
-    """One forward and backward; gradients are dropped first, as optimizer.zero_grad does."""
-    for leaf in leaves:
-        leaf.grad = None
-    loss(*leaves, labels, softcap).backward()
+DISTANCES = (0.3, 0.05, 0.01)
 
 
 def times(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -105,11 +35,13 @@ def times(shape: Shape, rounds: int) -> dict[str, Any]:
     seconds = interleaved(calls, rounds)
     flop = 12 * shape.rows * shape.d * shape.v
     out: dict[str, Any] = {
+        "shape": [shape.rows, shape.d, shape.v],
+        "rounds": rounds,
         "median_seconds": medians(seconds),
         "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
-        "ours/eager": 1 / ratio(seconds, "eager", "ours"),
-        "ours/compile": 1 / ratio(seconds, "compile", "ours"),
     }
+    for name in (name for name in calls if name.startswith("ours")):
+        out |= {f"{name}/{peer}": 1 / ratio(seconds, peer, name) for peer in ("eager", "compile")}
     out["GFLOP/s of six units"] = {n: flop / s / 1e9 for n, s in out["median_seconds"].items() if "only" not in n}
     return out
 
@@ -121,12 +53,13 @@ def product_ceiling(shape: Shape) -> float:
     return 2 * len(a) * shape.d * 2048 / sorted(seconds)[4] / 1e9
 
 
-def peak_memory(name: str, variant: str) -> dict[str, float]:
+def peak_memory(name: str, variant: str, states: Path | None, filters: str) -> dict[str, float]:
     """MB above the inputs, in a process of its own; one small call before loads the libraries."""
     command = [sys.executable, "-m", "bench.bench_consistency_loss", "--memory-of", variant, "--only", name]
+    command += [] if states is None else ["--states", str(states), "--filter-eps", filters]
     # freed memory goes back to the system at once, and does not count as there before
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MB)}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -136,11 +69,12 @@ def measure_memory(shape: Shape, variant: str) -> dict[str, float]:
     warm, y = inputs(Shape(48, 64, 500, shape.dtype, shape.softcap))
     step(loss, warm, y, shape.softcap)
     leaves, labels = inputs(shape)
-    if variant == "compile":
+    if variant == "compile" or "cut" in variant:
         step(loss, leaves, labels, shape.softcap)  # compiling takes memory of its own
         for leaf in leaves:
             leaf.grad = None
-    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves) / MB
+    trained = leaves[::2] if "CE only" in variant else leaves
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in trained) / MB
     with open("/proc/self/clear_refs", "w") as control:
         control.write("5")  # resets the high-water mark: the inputs were made in float32
     before = _status("VmRSS")
@@ -155,48 +89,75 @@ def _status(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def accuracy(distance: float) -> dict[str, float]:
-    """Relative error of the drafts' bfloat16 gradient against float64, eager and ours, rounding of the output included."""
-    shape = Shape(64, 1024, 8000, torch.bfloat16)
+def gradient_errors(shape: Shape) -> dict[str, dict[str, float]]:
+    """Relative error of every gradient of every complete loss against float64, rounding of the output included."""
+    leaves, labels = inputs(shape)
+    exact = exact_gradients(leaves, labels, OMEGA)
+
+    def errors(grads: Iterable[Tensor]) -> dict[str, float]:
+        return {n: relative_error(g, e) for n, g, e in zip(("target", "draft", "head"), grads, exact, strict=True)}
+
+    found = {"output's own rounding": errors(e.to(shape.dtype) for e in exact)}
+    for name, loss in variants(shape).items():
+        found[name] = errors(torch.autograd.grad(loss(*leaves, labels, None), leaves))
+    return found
+
+
+def accuracy(shape: Shape, distance: float) -> dict[str, float]:
+    """Relative error of the drafts' gradient against float64, eager and ours, rounding of the output included."""
     leaves, labels = inputs(shape, distance)
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    log_p, log_q = ((h @ wide[2].T).log_softmax(-1) for h in wide[:2])
-    exact_loss = OMEGA * F.kl_div(log_q, log_p.detach(), log_target=True, reduction="batchmean")
-    exact = torch.autograd.grad(exact_loss, wide[1])[0]
-    errors = {"output's own rounding": exact.bfloat16()}
+    exact = exact_gradients(leaves, labels, OMEGA)[1]
+    grads = {"output's own rounding": exact.to(shape.dtype)}
     for name, loss in (("eager", eager), ("ours", ours)):
-        errors[name] = torch.autograd.grad(loss(*leaves, labels, None), leaves[1])[0]
-    return {name: float((g.double() - exact).norm() / exact.norm()) for name, g in errors.items()}
+        grads[name] = torch.autograd.grad(loss(*leaves, labels, None), leaves[1])[0]
+    return {name: relative_error(grad, exact) for name, grad in grads.items()}
+
+
+def measure(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """Times, memory and, on hidden states from a file, errors."""
+    size = max(shape.v * shape.d / (32000 * 1024), 1)
+    rounds = 1 if args.quick else max(min(3, args.rounds), round(args.rounds / size))
+    out: dict[str, Any] = {"mm GFLOP/s": product_ceiling(shape), **times(shape, rounds)}
+    if shape.states is not None:
+        out["gradient errors"] = gradient_errors(shape)
+    memory = {variant: peak_memory(name, variant, shape.states, args.filter_eps) for variant in variants(shape)}
+    return out | {
+        "memory": memory,
+        "ours beyond gradients / eager": memory["ours"]["beyond_gradients_MB"] / memory["eager"]["peak_MB"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small shape: a check that everything runs")
-    parser.add_argument("--only", default=",".join(SHAPES), help="shapes, separated by commas")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="small shapes, one round: a check that everything runs")
+    parser.add_argument("--states", type=Path, help="safetensors with target, draft, weight and labels")
+    parser.add_argument("--filter-eps", default="0.01,0.02,0.03", help="of the sparse plan, separated by commas")
+    parser.add_argument("--only", help=f"shapes, separated by commas: {', '.join(SHAPES)}, states-fp32, states-bf16")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="at V = 32,000; large shapes get fewer, three at least of three or more"
+    )
     parser.add_argument("--name", default="consistency_loss_cpu", help="file name under bench/results/")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    shapes = SHAPES | {"quick": QUICK}
+    filters = tuple(float(eps) for eps in args.filter_eps.split(",") if eps)
+    shapes = known_shapes(args.states, filters)
     if args.memory_of:
         print(json.dumps(measure_memory(shapes[args.only], args.memory_of)))
         return
-    chosen = ["quick"] if args.quick else args.only.split(",")
+    wanted = [name for name in shapes if ("quick" in name) == args.quick]
+    chosen = args.only.split(",") if args.only else wanted
     if unknown := set(chosen) - set(shapes):
-        parser.error(f"unknown shapes {sorted(unknown)}, known are {list(shapes)}")
+        parser.error(f"unknown shapes {sorted(unknown)}, known are {list(shapes)}; states-* need --states")
     results: dict[str, Any] = {"machine": machine()}
-    results["accuracy"] = {str(distance): accuracy(distance) for distance in (0.3, 0.05, 0.01)}
-    print(f"accuracy: {results['accuracy']}", flush=True)
+    streams = {"random": Shape(64, 1024, 8000, torch.bfloat16)}
+    if args.states is not None:
+        streams["trained"] = Shape(64, 1024, 128256, torch.bfloat16, None, args.states)
+    results["accuracy"] = {
+        kind: {str(distance): accuracy(shape, distance) for distance in DISTANCES} for kind, shape in streams.items()
+    }
+    print(f"accuracy: {json.dumps(results['accuracy'], indent=1)}", flush=True)
     for name in chosen:
-        shape = shapes[name]
-        rounds = 2 if args.quick else max(2, args.rounds * 32000 * 1024 // max(shape.v * shape.d, 32000 * 1024))
-        results[name] = {"mm GFLOP/s": product_ceiling(shape), **times(shape, rounds)}
-        memory = {variant: peak_memory(name, variant) for variant in ("eager", "compile", "ours")}
-        peak = memory["eager"]["peak_MB"]
-        results[name] |= {
-            "memory": memory,
-            "ours beyond gradients / eager": memory["ours"]["beyond_gradients_MB"] / peak,
-        }
+        results[name] = measure(name, shapes[name], args)
         print(f"{name}: {json.dumps(results[name], indent=1)}", flush=True)
         save("consistency_loss_quick" if args.quick else args.name, results)
 

@@ -1,9 +1,11 @@
 """The consistency loss on a GPU against eager, torch.compile, Liger and cut-cross-entropy.
 
-    python -m bench.bench_consistency_loss_gpu [--rows 8192] [--rounds 7] [--seconds 300] [--dry-run]
+    python -m bench.bench_consistency_loss_gpu [--rows 8192] [--rounds 7] [--seconds 300] [--states FILE] [--dry-run]
 
 Time and memory of loss and gradients of both hidden streams and W, bf16, the variants in turn in every round; every
-figure beside six units of matrix product measured in the same run. ``--dry-run``: the same code on tiny shapes on a CPU
+figure beside six units of matrix product measured in the same run. ``--states``: a safetensors file with target and draft
+[n, d], weight [v, d] and labels [n] of a trained model, measured like the random inputs: they are what the sparse plan
+is for, which leaves nothing out of random ones. ``--dry-run``: the same code on tiny shapes on a CPU
 (with TRITON_INTERPRET=1 the Triton plans too). bench/gpu.sh runs it after the tests.
 """
 
@@ -13,74 +15,37 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from bench.consistency_loss_inputs import OMEGA, Inputs, load, make, plain_loss
 from bench.measure import RESULTS, machine
 from engine.kernels.consistency_loss import consistency_loss
+from engine.kernels.consistency_loss.problem import Needs
 
-OMEGA = 1e3
 SHAPES = {"gemma-2-9b": (256000, 3584, 30.0), "llama-3-8b": (128256, 4096, None)}
 TINY = {"tiny": (300, 32, 30.0)}
 DISTANCES = (0.3, 0.05, 0.01)
+SPARSE_EPS = 0.1
 Variant = Callable[["Inputs"], None]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """One batch: every target row has a label and teaches one draft row."""
-
-    target: Tensor
-    draft: Tensor
-    weight: Tensor
-    labels: Tensor
-    pairs: Tensor
-    softcap: float | None
-
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.target, self.draft, self.weight
-
-
-def make(rows: int, v: int, d: int, softcap: float | None, device: str, distance: float = 0.3) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator, dtype=torch.float32)
-
-    target = normal(rows, d)
-    draft = target + distance * normal(rows, d)
-    weight = torch.empty(v, d, device=device, dtype=torch.bfloat16)
-    for part in weight.split(16384):
-        part.copy_(normal(*part.shape) * 2 / d**0.5)
-    hidden = [x.bfloat16().requires_grad_() for x in (target, draft)]
-    labels = torch.randint(v, (rows,), device=device, generator=generator)
-    return Inputs(hidden[0], hidden[1], weight.requires_grad_(), labels, torch.arange(rows, device=device), softcap)
-
-
-def capped(z: Tensor, cap: float | None) -> Tensor:
-    return cap * torch.tanh(z / cap) if cap else z
-
-
-def plain_loss(
-    target: Tensor, draft: Tensor, weight: Tensor, labels: Tensor, pairs: Tensor, softcap: float | None
-) -> Tensor:
-    """What a trainer writes: logits in the model's dtype, cast to float32 (float64 with float64 inputs) for the loss."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    teacher, student = (capped(F.linear(x, weight), softcap).to(wide) for x in (target, draft))
-    ce = F.cross_entropy(teacher, labels)
-    log_p = teacher.detach().log_softmax(-1)[pairs]
-    return ce + OMEGA * F.kl_div(student.log_softmax(-1), log_p, reduction="batchmean", log_target=True)
-
-
-def ours(plan: str) -> Variant:
+def ours(plan: str, eps: float = 0.0) -> Variant:
     def run(x: Inputs) -> None:
         out = consistency_loss(
-            x.target, x.draft, x.weight, x.labels, x.pairs, omega=OMEGA, softcap=x.softcap, plan=plan, impl="triton"
+            x.target,
+            x.draft,
+            x.weight,
+            x.labels,
+            x.pairs,
+            omega=OMEGA,
+            softcap=x.softcap,
+            plan=plan,
+            filter_eps=eps,
+            impl="triton",
         )  # type: ignore[call-overload,unused-ignore]
         out.loss.backward()
 
@@ -138,6 +103,7 @@ BUILDERS: dict[str, Callable[[], Variant]] = {
     "six products": lambda: products,
     "triton dense": lambda: ours("dense"),
     "triton recompute": lambda: ours("recompute"),
+    "triton sparse": lambda: ours("sparse", SPARSE_EPS),
     "eager": lambda: eager,
     "torch.compile": compiled,
     "liger": liger,
@@ -223,28 +189,67 @@ def timings(x: Inputs, able: dict[str, Variant], rounds: int, deadline: float) -
     return seconds
 
 
-def accuracy(rows: int, v: int, d: int, softcap: float | None, device: str) -> dict[str, Any]:
-    """Relative error of the draft stream's gradient against float64, by the distance between the streams."""
+def density(x: Inputs) -> dict[str, float | str]:
+    """What the sparse plan multiplies of this batch: shares for the two products, and units in all."""
+    try:
+        from engine.kernels.consistency_loss.triton_sparse import with_density
+
+        kept = with_density(x.problem(SPARSE_EPS), Needs(True, True, True, False, False))[1]
+        found = {
+            "filter_eps": SPARSE_EPS,
+            "hidden": float(kept.hidden),
+            "weight": float(kept.weight),
+            "units": kept.units(),
+        }
+    except Exception as failure:  # a result, as with the variants
+        return {"error": f"{type(failure).__name__}: {failure}"[:400]}
+    empty_cache()
+    return {**found}
+
+
+def gradient_errors(x: Inputs) -> dict[str, Any]:
+    """Relative errors of every variant's gradients against float64."""
+    exact = [leaf.detach().double().requires_grad_() for leaf in x.leaves()]
+    plain_loss(exact[0], exact[1], exact[2], x.labels, x.pairs, x.softcap).backward()
+    references = [leaf.grad for leaf in exact]
+    del exact
     found: dict[str, Any] = {}
-    for distance in DISTANCES:
-        x = make(rows, v, d, softcap, device, distance)
-        exact = [leaf.detach().double().requires_grad_() for leaf in x.leaves()]
-        plain_loss(exact[0], exact[1], exact[2], x.labels, x.pairs, softcap).backward()
-        reference = exact[1].grad
-        assert reference is not None
-        del exact
-        # Liger's divergence knows no soft-cap: with one its gradient is that of another loss
-        for name in ("triton dense", "triton recompute", "eager", *(["liger"] if softcap is None else [])):
-            clear(x)
-            try:
-                BUILDERS[name]()(x)
-                assert x.draft.grad is not None
-                error: float | str = ((x.draft.grad.double() - reference).norm() / reference.norm()).item()
-            except Exception as failure:  # as above
-                error = f"{type(failure).__name__}: {failure}"[:400]
-            found.setdefault(name, {})[str(distance)] = error
-        empty_cache()
+    # Liger's divergence knows no soft-cap: with one its gradient is that of another loss
+    for name in (
+        "triton dense",
+        "triton recompute",
+        "triton sparse",
+        "eager",
+        *(["liger"] if x.softcap is None else []),
+    ):
+        clear(x)
+        try:
+            BUILDERS[name]()(x)
+            found[name] = {
+                part: ((leaf.grad.double() - exact_grad).norm() / exact_grad.norm()).item()
+                for part, leaf, exact_grad in zip(("target", "draft", "weight"), x.leaves(), references, strict=True)
+                if leaf.grad is not None and exact_grad is not None
+            }
+        except Exception as failure:  # as above
+            found[name] = f"{type(failure).__name__}: {failure}"[:400]
+    clear(x)
+    empty_cache()
     return found
+
+
+def measured(x: Inputs, smaller: dict[str, Callable[[], Inputs]], rounds: int, deadline: float) -> dict[str, Any]:
+    """Everything of one batch; ``smaller`` makes those whose gradients are compared with float64."""
+    v, d = x.weight.shape
+    rows = x.labels.numel()
+    print(f"  V={v} D={d} rows={rows} per stream", flush=True)
+    record: dict[str, Any] = {"vocabulary": v, "hidden": d, "softcap": x.softcap, "rows": rows, "variants": {}}
+    record["gradient_errors"] = {name: gradient_errors(small()) for name, small in smaller.items()}
+    record["density"] = density(x)
+    print(f"  gradient errors: {record['gradient_errors']}\n  density: {record['density']}", flush=True)
+    able = first_calls(x, record["variants"], deadline)
+    seconds = timings(x, able, rounds, deadline)
+    summarise(record["variants"], seconds, 2.0 * rows * v * d)
+    return record
 
 
 def summarise(record: dict[str, Any], seconds: dict[str, list[float]], units: float) -> None:
@@ -285,27 +290,32 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192, help="per stream")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=300, help="start nothing new after this")
+    parser.add_argument(
+        "--states", type=Path, help="safetensors with target, draft, weight and labels of a trained model"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does every path run?")
     args = parser.parse_args()
     start = time.monotonic()
-    device, rows = ("cpu", 8) if args.dry_run else ("cuda", args.rows)
-    shapes = TINY if args.dry_run else SHAPES
+    device, rows, few = ("cpu", 8, 8) if args.dry_run else ("cuda", args.rows, 64)
     out = Path(os.environ.get("OUT") or RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"consistency_loss_gpu{'_dry_run' if args.dry_run else ''}.json"
-    results: dict[str, Any] = {"machine": hardware(), "rows_per_stream": rows, "dtype": "bfloat16", "omega": OMEGA}
-    for i, (name, (v, d, softcap)) in enumerate(shapes.items()):
-        results[name] = shape = {"vocabulary": v, "hidden": d, "softcap": softcap, "variants": {}}
-        deadline = start + args.seconds * (i + 1) / len(shapes)
-        print(f"== {name}: V={v} D={d} rows={rows} per stream", flush=True)
-        shape["draft_gradient_error"] = accuracy(min(rows, 64), v, d, softcap, device)
-        print(f"  draft gradient error: {shape['draft_gradient_error']}", flush=True)
-        x = make(rows, v, d, softcap, device)
-        able = first_calls(x, shape["variants"], deadline)
-        seconds = timings(x, able, 1 if args.dry_run else args.rounds, deadline)
-        summarise(shape["variants"], seconds, 2.0 * rows * v * d)
+    results: dict[str, Any] = {"machine": hardware(), "dtype": "bfloat16", "omega": OMEGA}
+    shapes = list((TINY if args.dry_run else SHAPES).items())
+    names = [name for name, _ in shapes] + (["trained model"] if args.states else [])
+    for i, name in enumerate(names):
+        print(f"== {name}", flush=True)
+        if i < len(shapes):
+            v, d, softcap = shapes[i][1]
+            smaller = {f"distance {x}": partial(make, few, v, d, softcap, device, x) for x in DISTANCES}
+            batch = make(rows, v, d, softcap, device)
+        else:
+            batch = load(args.states, rows, device)
+            smaller = {"its first rows": partial(batch.first, 8 * few)}
+        deadline = start + args.seconds * (i + 1) / len(names)
+        results[name] = measured(batch, smaller, 1 if args.dry_run else args.rounds, deadline)
         path.write_text(json.dumps(results, indent=1) + "\n")
-        del x
+        del batch, smaller
         empty_cache()
     print(path)
 

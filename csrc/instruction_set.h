@@ -14,11 +14,12 @@ namespace {
 #include "attention.h"
 #include "pointwise.h"
 #include "loss_rows.h"
+#include "loss_sparse.h"
 }  // namespace
 
 const Kernels* DIFFPO_ENTRY() {
-  static const Kernels table{DIFFPO_NAME, linear,           linear_argmax,   attention,    rope_kv_write,
-                             rms_norm,    gated_activation, loss_statistics, loss_gradient};
+  static const Kernels table{DIFFPO_NAME,      linear,          linear_argmax, attention,   rope_kv_write,      rms_norm,
+                             gated_activation, loss_statistics, loss_gradient, loss_filter, loss_sparse_hidden, loss_sparse_head};
   return &table;
 }
 }  // namespace diffpo

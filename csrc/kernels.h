@@ -68,17 +68,54 @@ struct alignas(64) LossState {
 
 // One block of logits of one group of rows: target rows, then the draft rows that they teach.
 struct LossArgs {
-  float* kept;              // [kept_rows, v] logits; their gradients after the second pass
-  float* fresh;             // [rows - kept_rows, block] those of the other rows; in the second pass again as the product leaves them
+  float* slots;             // [slot_rows, count] logits of the first rows, in the block's part of the head's gradient
+  float* kept;              // [kept_rows - slot_rows, v] logits of the next rows
+  float* fresh;             // [rows, block] of the last rows logits, in the second pass again as the product leaves them;
+                            // after it of all rows the gradient
   const float* bias;        // [v] or null
   const int64_t* labels;    // [targets]
   const int64_t* teachers;  // [rows - targets] rows of the group; a row without a teacher, or equal to it, is its own
   const float* scale;       // [rows] of the row's term; 0: no gradient
   LossState* state;         // [rows]
-  int64_t rows, targets, kept_rows, v, block;
+  int64_t rows, targets, slot_rows, kept_rows, v, block;
   int64_t first, count;     // the block's columns
   float softcap, temperature;  // softcap 0: none
   bool gradients, stats;
+  int threads;
+};
+
+// A group's logits, and the lists of entries to make of their gradient.
+struct FilterArgs {
+  LossArgs loss;            // its slots hold all logits, block by block of `count` columns
+  const int64_t* order;     // [rows] in which rows are worked on: a draft next to its teacher, for the cache
+  float eps;                // the share of a row's mass that may be left out
+  float noise;              // what stand-ins may deviate from what they stand for, of the row's Euclidean norm
+  int32_t* columns;         // [capacity] entries, those of a row side by side in ascending order
+  float* values;
+  int64_t capacity;
+  int64_t* used;            // [1] entries of all rows; where that is more than the capacity, not all were stored
+  int64_t* begin;           // [rows]
+  int64_t* count;           // [rows] entries kept; behind them lie
+  int64_t* stand_ins;       // [rows] entries that stand for those left out, where rows are not added up
+  float* left_out_of_row;   // [rows, 2] sum of what is left out and not stood for; magnitudes of all that is left out
+  float* left_out;          // [v] sum over rows of what is left out
+  float* left_out_share;    // [v] of magnitudes, each relative to its row's mass
+};
+
+// A product of one block of the gradient's entries: with the head (gives the rows' gradient) or with the hidden states.
+struct SparseArgs {
+  const int32_t* columns;   // as in FilterArgs
+  const float* values;
+  const int64_t* begin;
+  const int64_t* count;
+  const float* dense;       // [count_columns, d] the block's rows of the head, or [strips, rows, strip] hidden states
+  float* out;               // [rows, d] to add to, or [count_columns, d]; null in the second product: only the bias
+  const float* left_out;    // [v], second product only; so are the rest of the pointers
+  const float* mean;        // [d] hidden state that stands for all of which something was left out
+  float* bias;              // [v] to add to, or null
+  int64_t first_row, rows, d, strip;
+  int64_t first, count_columns;  // the block's columns
+  bool accumulate;
   int threads;
 };
 
@@ -95,6 +132,9 @@ struct Kernels {
   void (*gated_activation)(const float* gate_up, float* out, int64_t rows, int64_t width, bool gelu, int threads);
   void (*loss_statistics)(const LossArgs&);
   void (*loss_gradient)(const LossArgs&);
+  void (*loss_filter)(const FilterArgs&);
+  void (*loss_sparse_hidden)(const SparseArgs&);
+  void (*loss_sparse_head)(const SparseArgs&);
 };
 
 const Kernels* kernels_portable();

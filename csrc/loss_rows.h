@@ -34,8 +34,10 @@ static inline double sum_columns(int64_t count, const Term& term) {
   return sum;
 }
 
+static inline float* gradient_of(const LossArgs& a, int64_t row) { return a.fresh + row * a.block; }
 static inline float* logits_of(const LossArgs& a, int64_t row) {
-  return row < a.kept_rows ? a.kept + row * a.v + a.first : a.fresh + (row - a.kept_rows) * a.block;
+  if (row < a.slot_rows) return a.slots + row * a.count;
+  return row < a.kept_rows ? a.kept + (row - a.slot_rows) * a.v + a.first : a.fresh + row * a.block;
 }
 
 // Bias and the soft-cap's tanh, in place.
@@ -103,8 +105,9 @@ static void draft_gradient(const LossArgs& a, int64_t row) {
   const LossState& theirs = a.state[teacher];
   LossState& own = a.state[row];
   if (a.stats) own.entropy += row_entropy(a, row);
-  float* z = logits_of(a, row);
+  const float* z = logits_of(a, row);
   const float* z_teacher = logits_of(a, teacher);
+  float* g = gradient_of(a, row);
   const float inverse = 1 / a.temperature;
   const LogSoftmax student(a, own.largest, own.sum_tempered, inverse), taught(a, theirs.largest, theirs.sum_tempered, inverse);
   const Vec scale = splat(a.scale[row] * a.temperature);
@@ -113,7 +116,7 @@ static void draft_gradient(const LossArgs& a, int64_t row) {
     const Vec t = load_logits(z + c, left);
     const Vec log_q = student(t), log_p = taught(load_logits(z_teacher + c, left));
     const Vec q = exp_or_zero(log_q), p = exp_or_zero(log_p), difference = q - p;
-    if (a.gradients) store_some(z + c, left, idle ? Vec{} : scale * difference * cap_slope(t, a.softcap));
+    if (a.gradients) store_some(g + c, left, idle ? Vec{} : scale * difference * cap_slope(t, a.softcap));
     // q - p adds up to nothing, and makes each term the square of a small number where the streams agree: without it
     // the rounding of the two normalisers would be all there is
     return select(p == Vec{}, q, p * (log_p - log_q) + difference);
@@ -124,19 +127,20 @@ static void target_gradient(const LossArgs& a, int64_t row) {
   LossState& own = a.state[row];
   if (a.stats) own.entropy += row_entropy(a, row);
   if (!a.gradients) return;
-  float* z = logits_of(a, row);
+  const float* z = logits_of(a, row);
+  float* g = gradient_of(a, row);
   if (a.scale[row] == 0) {  // no gradient, whatever the logits are
-    std::memset(z, 0, a.count * sizeof(float));
+    std::memset(g, 0, a.count * sizeof(float));
     return;
   }
   const LogSoftmax log_softmax(a, own.largest, own.sum, 1.f);
   const Vec scale = splat(a.scale[row]);
   for (int64_t c = 0; c < a.count; c += W) {
     const Vec t = load_logits(z + c, a.count - c);
-    store_some(z + c, a.count - c, scale * exp_or_zero(log_softmax(t)) * cap_slope(t, a.softcap));
+    store_some(g + c, a.count - c, scale * exp_or_zero(log_softmax(t)) * cap_slope(t, a.softcap));
   }
   const int64_t label = a.labels[row] - a.first;
-  if (label >= 0 && label < a.count) z[label] -= a.scale[row] * cap_slope(splat((float)own.picked), a.softcap)[0];
+  if (label >= 0 && label < a.count) g[label] -= a.scale[row] * cap_slope(splat((float)own.picked), a.softcap)[0];
 }
 
 static int loss_threads(const LossArgs& a) { return a.rows * a.count < 16384 ? 1 : a.threads; }
@@ -146,7 +150,7 @@ static void loss_statistics(const LossArgs& a) {
   for (int64_t row = 0; row < a.rows; ++row) row_statistics(a, row);
 }
 
-// Draft rows first: they read their teachers' logits, which then become gradients.
+// Draft rows first: a gradient may take the place of its row's logits, and they read their teachers' logits.
 static void loss_gradient(const LossArgs& a) {
 #pragma omp parallel num_threads(loss_threads(a))
   {

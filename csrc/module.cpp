@@ -141,27 +141,66 @@ PyObject* py_gated_activation(PyObject*, PyObject* const* args, Py_ssize_t count
 
 LossArgs read_loss(Reader& r) {
   LossArgs a;
-  a.kept = r.pointer<float>(), a.fresh = r.pointer<float>(), a.bias = r.pointer<float>();
+  a.slots = r.pointer<float>(), a.kept = r.pointer<float>(), a.fresh = r.pointer<float>(), a.bias = r.pointer<float>();
   a.labels = r.pointer<int64_t>(), a.teachers = r.pointer<int64_t>(), a.scale = r.pointer<float>();
   a.state = r.pointer<LossState>();
-  a.rows = r.integer(), a.targets = r.integer(), a.kept_rows = r.integer(), a.v = r.integer(), a.block = r.integer();
+  a.rows = r.integer(), a.targets = r.integer(), a.slot_rows = r.integer(), a.kept_rows = r.integer();
+  a.v = r.integer(), a.block = r.integer();
   a.softcap = r.real(), a.temperature = r.real(), a.gradients = r.integer() != 0, a.stats = r.integer() != 0;
   a.threads = static_cast<int>(r.integer()), a.first = r.integer(), a.count = r.integer();
   return a;
 }
 
 PyObject* py_loss_statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 20);
+  Reader r(args, count, 22);
   const Kernels* k = r.kernels();
   const LossArgs a = read_loss(r);
   return run(r, [&] { k->loss_statistics(a); });
 }
 
 PyObject* py_loss_gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 20);
+  Reader r(args, count, 22);
   const Kernels* k = r.kernels();
   const LossArgs a = read_loss(r);
   return run(r, [&] { k->loss_gradient(a); });
+}
+
+PyObject* py_loss_filter(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 35);
+  const Kernels* k = r.kernels();
+  FilterArgs a;
+  a.loss = read_loss(r);
+  a.order = r.pointer<int64_t>(), a.eps = r.real(), a.noise = r.real();
+  a.columns = r.pointer<int32_t>(), a.values = r.pointer<float>(), a.capacity = r.integer(), a.used = r.pointer<int64_t>();
+  a.begin = r.pointer<int64_t>(), a.count = r.pointer<int64_t>(), a.stand_ins = r.pointer<int64_t>();
+  a.left_out_of_row = r.pointer<float>(), a.left_out = r.pointer<float>(), a.left_out_share = r.pointer<float>();
+  return run(r, [&] { k->loss_filter(a); });
+}
+
+SparseArgs read_sparse(Reader& r) {
+  SparseArgs a;
+  a.columns = r.pointer<int32_t>(), a.values = r.pointer<float>();
+  a.begin = r.pointer<int64_t>(), a.count = r.pointer<int64_t>();
+  a.dense = r.pointer<float>(), a.out = r.pointer<float>();
+  a.left_out = r.pointer<float>(), a.mean = r.pointer<float>(), a.bias = r.pointer<float>();
+  a.first_row = r.integer(), a.rows = r.integer(), a.d = r.integer(), a.strip = r.integer();
+  a.first = r.integer(), a.count_columns = r.integer();
+  a.accumulate = r.integer() != 0, a.threads = static_cast<int>(r.integer());
+  return a;
+}
+
+PyObject* py_loss_sparse_hidden(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 18);
+  const Kernels* k = r.kernels();
+  const SparseArgs a = read_sparse(r);
+  return run(r, [&] { k->loss_sparse_hidden(a); });
+}
+
+PyObject* py_loss_sparse_head(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 18);
+  const Kernels* k = r.kernels();
+  const SparseArgs a = read_sparse(r);
+  return run(r, [&] { k->loss_sparse_head(a); });
 }
 
 PyObject* py_pack_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -190,6 +229,7 @@ PyMethodDef methods[] = {DIFFPO_METHOD(kernels),       DIFFPO_METHOD(linear),   
                          DIFFPO_METHOD(attention),     DIFFPO_METHOD(rope_kv_write), DIFFPO_METHOD(rms_norm),
                          DIFFPO_METHOD(gated_activation), DIFFPO_METHOD(pack_weight), DIFFPO_METHOD(embed),
                          DIFFPO_METHOD(loss_statistics), DIFFPO_METHOD(loss_gradient),
+                         DIFFPO_METHOD(loss_filter),   DIFFPO_METHOD(loss_sparse_hidden), DIFFPO_METHOD(loss_sparse_head),
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_cpu", "CPU kernels of engine.kernels.", -1, methods,

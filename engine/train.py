@@ -1,26 +1,29 @@
 """The command line ``python -m engine.train``: settings and trajectories in, a refiner out."""
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineError
+import torch
+
+from engine.errors import EngineError, OutOfMemory
 from engine.job.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, engine_logs, explain
 from engine.job.interrupt import Interrupted, Signals
 from engine.job.output import Claim
-from engine.training.config import TrainConfig, describe, read_config
+from engine.training.config import TrainConfig
+from engine.training.config_file import describe, read_config
 
 if TYPE_CHECKING:
     from engine.training.prepare import Start
     from engine.training.trainer import RefinerTrainer
 
-Say = Callable[[str], None]
 _EPILOG = """\
 resume:      the same command goes on from the last checkpoint, however the run ended; on a CPU to the same bits. Other settings
              or files are refused, but for micro_batch, device, gradient_checkpointing and what only says how to log and save.
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("interrupted twice: the same command goes on from the last checkpoint")
             return EXIT_INTERRUPTED
-        except (OSError, EngineError, RuntimeError) as error:
+        except (OSError, EngineError) as error:
             say(f"error: {explain(error)}")
             return EXIT_FAILED
 
@@ -84,7 +87,11 @@ def _run(texts: Sequence[str], signals: Signals, stack: ExitStack) -> int:
             trainer, claim, checkpoint = _prepare(config, stack, signals)
     except (ValueError, OSError, EngineError, ImportError) as error:
         raise _CannotStart from error
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        hint = "the same command goes on with a smaller micro_batch or gradient_checkpointing=true"
+        raise OutOfMemory(f"{error.args[0]}; {hint}") from error
     if trainer.stopped:
         raise trainer.interrupted or Interrupted(signal.SIGTERM)  # another process was asked to end
     from engine.training.checkpoint import MODEL
@@ -107,27 +114,28 @@ def _prepare(
     config: TrainConfig, stack: ExitStack, signals: Signals
 ) -> "tuple[RefinerTrainer, Claim | None, Path | None]":
     """The trainer, on the first process the claim on the output, and the checkpoint to go on from."""
-    from engine.training.prepare import look, read_data
+    from transformers.utils.logging import disable_progress_bar
+
+    from engine.training.checkpoint import begin_run, resume_point
+    from engine.training.prepare import arguments, load_model, look, read_data
+    from engine.training.trainer import RefinerTrainer
 
     start = look(config)
     claim = _claim(config, start, stack)
     train, evaluation = read_data(config, start)
-    from engine.training.checkpoint import begin_run, checkpoints
-    from engine.training.prepare import arguments, load_model
-    from engine.training.trainer import RefinerTrainer
-
     output = Path(config.output)
     args = arguments(config, start, evaluates=evaluation is not None)
-    device = args.device
-    with args.main_process_first(local=False):
-        if claim:
-            begin_run(output, claim, start.settings)
-    checkpoint = next(reversed(checkpoints(output)), None)
-    model = load_model(config, start, device, checkpoint)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading and saving; training says a line per log_every steps instead
+    checkpoint = resume_point(output, start.settings)
+    model = load_model(config, start, args.device, checkpoint)
     trainer = RefinerTrainer(
         model, args, config,
         train=train, evaluation=evaluation, vocabulary=start.vocabulary, tokenizer=start.tokenizer, check=signals.check,
     )  # fmt: skip
+    with args.main_process_first(local=False):
+        if claim:
+            begin_run(output, claim, start.settings)
     return trainer, claim, checkpoint
 
 
@@ -137,7 +145,13 @@ def _claim(config: TrainConfig, start: "Start", stack: ExitStack) -> Claim | Non
 
     if os.environ.get("RANK", "0") != "0":
         return None
+    stack.callback(_remove_if_empty, Path(config.output))
     return stack.enter_context(claim_run(Path(config.output), start.settings, overwrite=config.overwrite))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 if __name__ == "__main__":

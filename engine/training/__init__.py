@@ -1,6 +1,7 @@
 """Training of a refiner: the layout of a trajectory in a row, its collator, attention masks and the loss of a batch.
 
-Depends on ``engine.kernels`` and on the user's own transformers model; the rest of the engine is not involved.
+These names depend on ``engine.kernels`` and on the user's own transformers model; the rest of the engine is not involved. The
+modules of ``python -m engine.train`` (settings, data, checkpoints, trainer) lie beside them and use more; import them by name.
 """
 
 from engine.training.collator import TrainBatch, TrajectoryCollator, collate

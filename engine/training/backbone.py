@@ -113,6 +113,11 @@ def _weights(head: Any) -> tuple[Tensor, Tensor | None]:
             f"train_step needs an nn.Linear as the head, got {type(head).__name__}; leave the head out of quantisation "
             "and of adapters other than LoRA"
         )
+    if hasattr(head.weight, "placements"):
+        raise UnsupportedModel(
+            "the head's weight is a DTensor inside the model's forward: the head is sharded by itself, and its own forward, "
+            "which would gather it, does not run; leave it to the fully_shard of the whole model, and out of tensor parallelism"
+        )
     return head.weight, head.bias
 
 

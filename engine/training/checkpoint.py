@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.job.output import Claim, Refused, Settings, difference
+from engine.job.output import Claim, Refused, Settings, difference, read_record
 
 MODEL = "model"
 """The finished refiner, in the folder of its run."""
@@ -28,7 +28,7 @@ def claim_run(output: Path, settings: Settings, *, overwrite: bool) -> Claim:
     claim = Claim(output / "run")
     changed = difference(claim.settings, settings)
     reason = None
-    if changed and _has_work(output, claim):
+    if changed and (claim.complete or checkpoints(output)):
         reason = f"holds another run ({changed}): go on with its settings, give another output, or overwrite=true"
     elif claim.complete:
         reason = f"holds this run, finished: its refiner is in {output / MODEL}; overwrite=true trains anew"
@@ -38,18 +38,22 @@ def claim_run(output: Path, settings: Settings, *, overwrite: bool) -> Claim:
     return claim
 
 
+def resume_point(output: Path, settings: Settings) -> Path | None:
+    """The checkpoint to go on from, None where the run starts anew; every process finds the same before ``begin_run``."""
+    recorded, complete = read_record(output / "run")
+    if difference(recorded, settings) or complete is not None or not output.is_dir():
+        return None
+    return next(reversed(checkpoints(output)), None)
+
+
 def begin_run(output: Path, claim: Claim, settings: Settings) -> None:
     """Records the run, and clears its folder of what a crash, a finished run or another one has left there."""
-    fresh = bool(difference(claim.settings, settings)) or claim.complete or not _has_work(output, claim)
+    fresh = resume_point(output, settings) is None
     for path in output.iterdir():
         if path.name.startswith(_PARTIAL) or (fresh and path != claim.path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if fresh:
         claim.begin(settings)
-
-
-def _has_work(output: Path, claim: Claim) -> bool:
-    return claim.complete or bool(checkpoints(output))
 
 
 def checkpoints(output: Path) -> list[Path]:

@@ -1,17 +1,12 @@
-"""Settings of a training run: one dataclass, read from YAML and ``key=value``, checked before any work starts."""
+"""Settings of a training run, checked before any work starts."""
 
-import ast
 import dataclasses
-import difflib
-import inspect
 import math
-import types
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import yaml
+ALL_LINEAR = ("all-linear",)
 
 
 class ConfigError(ValueError):
@@ -77,11 +72,11 @@ class TrainConfig:
 
     lora_rank: int = 0
     """Rank of LoRA adapters, which are then all that is trained; 0: train all weights."""
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     """Scale of the adapters; null: twice the rank."""
     lora_dropout: float = 0.0
     """Dropout in front of the adapters."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_targets: tuple[str, ...] = ALL_LINEAR
     """Names of the modules that get adapters; all-linear: every linear layer but the head."""
 
     device: Literal["auto", "cpu", "cuda"] = _free("auto")
@@ -129,12 +124,17 @@ class TrainConfig:
         """The fields that decide what is learned, but for the files they name."""
         names = [f.name for f in dataclasses.fields(self) if not f.metadata.get("free")]
         return {
-            name: _plain(getattr(self, name)) for name in names if name not in ("model", "data", "eval_data", "output")
+            name: plain(getattr(self, name)) for name in names if name not in ("model", "data", "eval_data", "output")
         }
 
     def fields(self) -> dict[str, Any]:
         """All of them, as YAML has them."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON have it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 _AT_LEAST: dict[str, float] = {
@@ -164,158 +164,40 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_combinations(config: TrainConfig) -> None:
-    c = config
-    own_steps = c.steps is not None
-    refusals: list[tuple[bool, str]] = [
-        (c.omega > 0 and c.drafts == 0, f"omega={c.omega:g} weighs a loss of drafts, but drafts=0: set omega=0 for plain fine-tuning, or drafts=1"),
-        (c.omega > 0 and c.responses == 1, f"omega={c.omega:g} weighs a loss of drafts, but responses=1 leaves only the best: set omega=0, or responses=6"),
-        (c.eval_data is not None and c.held_out > 0, "eval_data and held_out both say what to evaluate on: give one of them"),
-        (own_steps and c.epochs != 1.0, f"steps={c.steps} and epochs={c.epochs:g} both say how long to train: give one of them"),
-        (c.micro_batch is not None and c.batch_size % c.micro_batch != 0, f"batch_size={c.batch_size} is not a multiple of micro_batch={c.micro_batch}: change one of them"),
-        (c.dtype == "bfloat16" and not c.lora_rank, "dtype=bfloat16 would lose most steps of AdamW to rounding: keep float32 and set bf16=true, or set lora_rank"),
-        (c.dtype == "bfloat16" and not c.bf16, "dtype=bfloat16 needs bf16=true: the adapters are float32"),
-        (c.fsdp and c.lora_rank > 0, "fsdp=true shards what is trained, but LoRA trains almost nothing: leave fsdp out (torchrun then runs DDP), or lora_rank"),
-        (not c.lora_rank and (c.lora_alpha is not None or c.lora_dropout > 0 or c.lora_targets != ("all-linear",)), "LoRA has settings but lora_rank=0 trains all weights: set lora_rank, or leave them out"),
-        (bool(c.lora_rank) and not c.lora_targets, "lora_targets is empty: name modules, or all-linear"),
-        (c.attention == "flex_attention" and c.device == "cpu", "attention=flex_attention takes no gradient on device=cpu: use sdpa or eager"),
-        (c.loss_impl == "triton" and c.device == "cpu", "loss_impl=triton needs a GPU, got device=cpu: use auto"),
-    ]  # fmt: skip
-    for refused, reason in refusals:
-        if refused:
-            raise ConfigError(reason)
+    for reason in (*_contradictions(config), *_impossible_on_machine(config), *_lora_contradictions(config)):
+        raise ConfigError(reason)
 
 
-def read_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The settings of a YAML file, those given as ``key=value`` on top. Raises ConfigError, OSError."""
-    values: dict[str, Any] = {}
-    if path is not None:
-        values.update(_read_yaml(path))
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"expected key=value behind the config file, got {text!r}")
-        values[name] = _yaml(value, f"{name}=")
-    return make_config(values)
+def _contradictions(c: TrainConfig) -> Iterator[str]:
+    weighs = f"omega={c.omega:g} weighs a loss of drafts, but"
+    if c.omega > 0 and c.drafts == 0:
+        yield f"{weighs} drafts=0: set omega=0 for plain fine-tuning, or drafts=1"
+    if c.omega > 0 and c.responses == 1:
+        yield f"{weighs} responses=1 keeps only the best: set omega=0 for plain fine-tuning, or responses=6"
+    if c.eval_data is not None and c.held_out > 0:
+        yield "eval_data and held_out both say what to evaluate on: give one of them"
+    if c.steps is not None and c.epochs != 1.0:
+        yield f"steps={c.steps} and epochs={c.epochs:g} both say how long to train: give one of them"
+    if c.micro_batch is not None and c.batch_size % c.micro_batch:
+        yield f"batch_size={c.batch_size} is not a multiple of micro_batch={c.micro_batch}: change one of them"
 
 
-def make_config(values: dict[str, Any]) -> TrainConfig:
-    """The settings of these names, each checked for its type. Raises ConfigError."""
-    hints = get_type_hints(TrainConfig)
-    for name in values:
-        if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "--help lists all"
-            raise ConfigError(f"there is no setting {name!r}; {hint}")
-    missing = [f.name for f in dataclasses.fields(TrainConfig) if _required(f) and values.get(f.name) is None]
-    if missing:
-        raise ConfigError(f"{missing[0]} is missing: set it in the file, or as {missing[0]}=..")
-    return TrainConfig(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+def _impossible_on_machine(c: TrainConfig) -> Iterator[str]:
+    if c.dtype == "bfloat16" and not c.lora_rank:
+        yield "dtype=bfloat16 would round most steps of AdamW away: keep float32 and set bf16=true, or set lora_rank"
+    if c.dtype == "bfloat16" and not c.bf16:
+        yield "dtype=bfloat16 with bf16=false: LoRA's weights are float32, set bf16=true"
+    if c.attention == "flex_attention" and c.device == "cpu":
+        yield "attention=flex_attention takes no gradient on device=cpu: use sdpa or eager"
+    if c.loss_impl == "triton" and c.device == "cpu":
+        yield "loss_impl=triton needs a GPU, got device=cpu: use auto"
 
 
-def describe() -> str:
-    """Every setting with its type, default and docstring."""
-    hints, docs = get_type_hints(TrainConfig), _docs()
-    parts = []
-    for f in dataclasses.fields(TrainConfig):
-        default = "required" if _required(f) else f"default: {yaml_text(f.default)}"
-        parts.append(f"  {f.name} ({_type_name(hints[f.name])}; {default})\n      {docs[f.name]}")
-    return "\n".join(parts)
-
-
-def yaml_text(value: Any) -> str:
-    """A value as it stands in a config file."""
-    text: str = yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf)
-    return text.removesuffix("\n...\n").strip()
-
-
-def _required(f: "dataclasses.Field[Any]") -> bool:
-    return f.default is dataclasses.MISSING
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _docs() -> dict[str, str]:
-    """The docstrings below the fields, which Python itself does not keep."""
-    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
-    docs: dict[str, str] = {}
-    for entry, following in zip(body, body[1:], strict=False):
-        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and isinstance(following, ast.Expr):
-            docs[entry.target.id] = " ".join(ast.literal_eval(following.value).split())
-    return docs
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    values = _yaml(Path(path).read_text(encoding="utf-8"), path)
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings as 'key: value' lines, got a {type(values).__name__}")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML would let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{key} is set twice: keep one of them")
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as the type of its field. Raises ConfigError."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    kind = next(option for option in options if option is not type(None))
-    if get_origin(kind) is Literal and value in get_args(kind) and isinstance(value, str):
-        return value
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-5, without a point, as a text
-        value = _number(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return _as_float(value)
-    if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-    elif kind in (bool, str, int) and type(value) is kind:
-        return value
-    raise ConfigError(f"{name} must be {_type_name(hint)}, got {value!r:.80} ({type(value).__name__})")
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf  # the check of ranges refuses it by name
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(get_args(hint))
-    if get_origin(hint) is tuple:
-        return "list of texts"
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
-    return names[hint]
+def _lora_contradictions(c: TrainConfig) -> Iterator[str]:
+    if c.lora_rank and c.fsdp:
+        yield f"fsdp=true shards what is trained, but lora_rank={c.lora_rank} trains next to nothing: leave one of them out"
+    if c.lora_rank and not c.lora_targets:
+        yield "lora_targets is empty: name modules, or all-linear"
+    changed = c.lora_alpha is not None or c.lora_dropout > 0 or c.lora_targets != ALL_LINEAR
+    if not c.lora_rank and changed:
+        yield "LoRA has settings, but lora_rank=0 trains all weights: set lora_rank, or leave them out"

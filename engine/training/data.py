@@ -5,30 +5,19 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from engine.errors import InvalidTrajectory
-from engine.training.collator import TrainBatch, TrajectoryCollator
+from engine.training.collator import TrajectoryCollator
 from engine.training.layout import Trajectory, rank
 
 if TYPE_CHECKING:
     from engine.trajectories.schema import BadRow
 
 logger = logging.getLogger("engine.training")
-
-
-class Batch(TypedDict):
-    """What the trainer is given."""
-
-    input_ids: Tensor
-    """[B, L], also in ``batch``: transformers counts tokens by it."""
-    batch: TrainBatch
-    rows: Tensor
-    """[trajectories]: their places in the data set."""
 
 
 class Trajectories(Dataset[tuple[int, Trajectory]]):
@@ -46,13 +35,14 @@ class Trajectories(Dataset[tuple[int, Trajectory]]):
 
 @dataclass(frozen=True, slots=True)
 class BatchCollator:
-    """The ``collate_fn`` of the trainer's loaders."""
+    """The ``collate_fn`` of the trainer: ``batch`` for train_step; ``rows`` [trajectories], their places in the data set;
+    and ``input_ids`` [B, L] of the batch once more, by which transformers counts."""
 
     collator: TrajectoryCollator
 
-    def __call__(self, rows: Sequence[tuple[int, Trajectory]]) -> Batch:
+    def __call__(self, rows: Sequence[tuple[int, Trajectory]]) -> dict[str, Any]:
         batch = self.collator([trajectory for _, trajectory in rows])
-        return Batch(input_ids=batch["input_ids"], batch=batch, rows=torch.tensor([index for index, _ in rows]))
+        return {"input_ids": batch["input_ids"], "batch": batch, "rows": torch.tensor([index for index, _ in rows])}
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -115,8 +105,9 @@ def select(
     drafts: int,
     longest_row: int | None,
     positions: int,
+    vocabulary: int,
 ) -> Iterator[Trajectory]:
-    """Ranks them, keeps what training reads of each and leaves out those that do not fit a row or the model's positions."""
+    """Ranks them, keeps what training reads of each and leaves out those that do not fit a row or the model."""
     for trajectory in trajectories:
         try:
             ranked = thinned(rank(trajectory), responses)
@@ -125,14 +116,14 @@ def select(
             continue
         prompt, length = len(trajectory.prompt_ids), min(window, len(ranked[-1]))
         most = prompt + length * (1 + min(drafts, len(ranked) - 1))
-        if prompt + length > positions:
-            left_out.add(
-                "longer than the model's positions", f"trajectory {trajectory.id!r}: {prompt + length} > {positions}"
-            )
+        named = f"trajectory {trajectory.id!r}"
+        largest = max(map(max, (trajectory.prompt_ids, *ranked)))
+        if largest >= vocabulary:
+            left_out.add("outside the model's vocabulary", f"{named}: token {largest} of {vocabulary}")
+        elif prompt + length > positions:
+            left_out.add("longer than the model's positions", f"{named}: {prompt + length} tokens > {positions}")
         elif longest_row is not None and most > longest_row:
-            left_out.add(
-                "longer than max_tokens", f"trajectory {trajectory.id!r}: {most} tokens > max_tokens={longest_row}"
-            )
+            left_out.add("longer than max_tokens", f"{named}: {most} tokens > max_tokens={longest_row}")
         else:
             kept = [array("i", response[:window]) for response in ranked]
             yield Trajectory(id=trajectory.id, prompt_ids=array("i", trajectory.prompt_ids), responses=kept)

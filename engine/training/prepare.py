@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +32,7 @@ from engine.job.settings import checkpoint_digest
 from engine.job.source import Source
 from engine.refiner import read_vocabulary
 from engine.text import load_tokenizer
-from engine.training.config import ConfigError, TrainConfig
+from engine.training.config import ALL_LINEAR, ConfigError, TrainConfig
 from engine.training.data import LeftOut, Trajectories, select
 from engine.training.layout import Trajectory
 from engine.training.verify import verify_model
@@ -69,9 +70,10 @@ def look(config: TrainConfig) -> Start:
     micro_batch = _micro_batch(config, processes)
     folder = resolve_checkpoint(config.model)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(folder, config.trust_remote_code)
-    if tokenizer is None:
+    if load_tokenizer(folder, config.trust_remote_code) is None:
         raise ConfigError(f"model={config.model} has no tokenizer: save one beside it with its save_pretrained")
+    # another one than training reads with, which knows no longest text: this one is saved beside the weights
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     settings = {"model": {"digest": checkpoint_digest(folder)}, **digests, "settings": config.deciding}
     vocabulary = read_vocabulary(folder, model_config, tokenizer)
     return Start(folder, model_config, tokenizer, vocabulary, settings, processes, micro_batch, device)
@@ -138,16 +140,20 @@ def read_data(config: TrainConfig, start: Start) -> tuple[Trajectories, Trajecto
 
 def _read(config: TrainConfig, start: Start, name: str, path: str) -> list[Trajectory]:
     left_out = LeftOut()
-    positions = getattr(start.model_config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    model_config = start.model_config.get_text_config()
+    positions = getattr(model_config, "max_position_embeddings", None) or sys.maxsize
+    tokenizer = load_tokenizer(start.folder, config.trust_remote_code)
+    assert tokenizer is not None
     kept = list(
         select(
-            load(path, start.tokenizer, eos_ids=start.vocabulary.eos, on_bad=left_out.bad),
+            load(path, tokenizer, eos_ids=start.vocabulary.eos, on_bad=left_out.bad),
             left_out,
             responses=config.responses,
             window=config.window,
             drafts=config.drafts,
             longest_row=config.max_tokens,
             positions=positions,
+            vocabulary=model_config.vocab_size,
         )
     )
     if left_out.kinds:
@@ -197,8 +203,11 @@ def load_model(config: TrainConfig, start: Start, device: torch.device, checkpoi
         attn_implementation=_attention(config, start.model_config),
         trust_remote_code=config.trust_remote_code,
     )
-    model.to(device)
-    verify_model(model)
+    _mend_generation_config(model)
+    if not config.fsdp:  # which moves a layer at a time, for models that do not fit in whole
+        nn.Module.to(model, device)
+    if not (config.fsdp and config.attention == "flex_attention"):  # on a CPU it would be compiled for minutes
+        verify_model(model)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     if config.lora_rank:
@@ -217,6 +226,15 @@ def _attention(config: TrainConfig, model_config: PreTrainedConfig) -> str:
     return config.attention
 
 
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Some published models have settings of sampling with sampling switched off, which transformers refuses to save."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        logger.info("generation_config.json: sampling is switched on in it, or it could not be saved (%s)", error)
+        model.generation_config.do_sample = True
+
+
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -232,7 +250,7 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        target_modules=ALL_LINEAR[0] if targets == ALL_LINEAR else list(targets),
     )
     try:
         return get_peft_model(model, options)

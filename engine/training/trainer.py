@@ -1,23 +1,14 @@
 """``transformers.Trainer`` around ``train_step``: what the loss, its batches and exact resuming need beyond it."""
 
 import itertools
-import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -35,12 +26,17 @@ from engine.job.interrupt import Interrupted
 from engine.training.checkpoint import checkpoints, published, remove_old
 from engine.training.collator import TrajectoryCollator
 from engine.training.config import TrainConfig
-from engine.training.data import Batch, BatchCollator, EpochBatches, Trajectories, padded_shares
+from engine.training.data import BatchCollator, EpochBatches, Trajectories, padded_shares
 from engine.training.samples import refine_samples, write_samples
+from engine.training.sharded import (
+    gathered_weights,
+    load_scheduler,
+    load_sharded_optimizer,
+    save_scheduler,
+    save_sharded_optimizer,
+)
 from engine.training.step import TrainStepOutput, train_step
-
-_HISTORY, _LEAST_HISTORY = 50, 20
-_OPTIMIZER, _SCHEDULER, _STATE = "optimizer", "scheduler.pt", "trainer_state.json"
+from engine.training.watch import Watch
 
 
 class RefinerTrainer(Trainer):
@@ -66,7 +62,7 @@ class RefinerTrainer(Trainer):
         """Whether any process was asked to."""
         self._micro: list[tuple[Tensor, Tensor, Tensor]] = []
         self._terms: list[tuple[float, float]] = []
-        self._losses: deque[float] = deque(maxlen=_HISTORY)
+        self._watch = Watch(config.omega, config.explosion)
         self.collator = self._collator(config.drafts if config.omega else 0)
         if config.fsdp:
             model._is_accelerate_prepared = True  # type: ignore[assignment]  # or it would be wrapped in DDP as well
@@ -92,7 +88,7 @@ class RefinerTrainer(Trainer):
         """Batches of this process; accelerate would share them out once more."""
         assert self.train_dataset is not None
         return DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
+            self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -105,21 +101,19 @@ class RefinerTrainer(Trainer):
         self.collator.set_epoch(epoch)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor]:
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one step, and how many labels and pairs there are in those of all processes, [2]."""
+        if self.state.global_step >= self.state.max_steps:
+            # resumed behind the last step, in the middle of an epoch: the trainer would take one more before it stops
+            self.control.should_training_stop = True
+            num_batches = 0
         samples = list(itertools.islice(epoch_iterator, num_batches))
-        try:
-            self._check()
-        except Interrupted as error:
-            self.interrupted = error
         labels = sum(int(sample["batch"]["label_count"]) for sample in samples)
         pairs = sum(int(sample["batch"]["pair_count"]) for sample in samples)
-        counts = torch.tensor([labels, pairs, int(self.interrupted is not None)], device=device)
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        self.stopped = bool(counts[2])  # the processes end together
+        counts = self.accelerator.reduce(torch.tensor([labels, pairs], device=device), reduction="sum")
         self._micro.clear()
-        return samples, counts[:2].clamp_min(1)
+        return samples, counts.clamp_min(1)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -141,30 +135,23 @@ class RefinerTrainer(Trainer):
         """Between the backward passes and the optimiser's step: what is not finite must not reach the weights."""
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        try:
+            self._check()
+        except Interrupted as error:
+            self.interrupted = error
         terms = torch.stack([torch.stack([ar, consistency]) for _, ar, consistency in self._micro]).sum(0)
-        ar, consistency = self.accelerator.reduce(terms, reduction="mean").tolist()
-        problem = self._problem(ar, consistency, float(norm))
-        if problem:
+        terms = torch.cat([terms, terms.new_tensor([self.interrupted is not None])])
+        ar, consistency, stop = self.accelerator.reduce(terms, reduction="mean").tolist()
+        self.stopped = stop > 0  # the processes end together
+        if problem := self._watch.problem(ar, consistency, float(norm)):
             raise TrainingDiverged(self._diagnosis(problem, ar, consistency, float(norm)))
         self._terms.append((ar, consistency))
-        self._losses.append(ar + self.config.omega * consistency)
         return norm
-
-    def _problem(self, ar: float, consistency: float, norm: float) -> str | None:
-        for name, value in (("ar", ar), ("consistency", consistency), ("the gradient's norm", norm)):
-            if not math.isfinite(value):
-                return f"{name} is {value}"
-        loss, limit = ar + self.config.omega * consistency, self.config.explosion
-        if limit and len(self._losses) >= _LEAST_HISTORY:
-            usual = statistics.median(self._losses)
-            if loss > limit * usual:
-                return f"the loss is {loss:.4g}, explosion={limit:g} times the median {usual:.4g} of the steps before or more"
-        return None
 
     def _diagnosis(self, problem: str, ar: float, consistency: float, norm: float) -> str:
         bad = [rows for rows, *terms in self._micro if not all(bool(torch.isfinite(term)) for term in terms)]
         rows = torch.cat(bad or [rows for rows, *_ in self._micro]).tolist()
-        ids = ", ".join(repr(self.train_dataset[row][1].id) for row in rows)  # type: ignore[index, union-attr]
+        ids = ", ".join(repr(self.train_dataset[row][1].id) for row in rows)  # type: ignore[index]
         saved = checkpoints(Path(str(self.args.output_dir)))
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return (
@@ -194,7 +181,7 @@ class RefinerTrainer(Trainer):
         for places, counts in padded_shares(
             len(dataset), args.per_device_train_batch_size, process=args.process_index, processes=args.world_size
         ):
-            inputs = self._prepare_inputs(collate([dataset[place] for place in places]))  # type: ignore[arg-type]
+            inputs = self._prepare_inputs(collate([dataset[place] for place in places]))
             with torch.no_grad():
                 out = self._loss(self.model_wrapped, inputs, 1.0, 1.0, 1.0)
             totals += counts * torch.stack([out.ar, out.consistency, out.label_count, out.pair_count]).double()
@@ -228,7 +215,7 @@ class RefinerTrainer(Trainer):
             self._save_rng_state(str(partial))
             if writes:
                 self.tokenizer.save_pretrained(str(partial))
-                self.state.save_to_json(str(partial / _STATE))
+                self.state.save_to_json(str(partial / "trainer_state.json"))
         if writes:
             remove_old(output, self.config.keep_checkpoints)
 
@@ -243,34 +230,30 @@ class RefinerTrainer(Trainer):
         with published(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone) as partial:
             state = self._gathered()
             if self.args.should_save:
-                model: Any = self.model.merge_and_unload() if self.config.lora_rank else self.model
+                model: Any = self.model
+                model = model.merge_and_unload() if self.config.lora_rank else model
                 model.config.use_cache = True  # the trainer has switched it off
                 model.save_pretrained(partial, state_dict=state)
                 self.tokenizer.save_pretrained(str(partial))
 
-    def _gathered(self) -> dict[str, Tensor] | None:
+    def _gathered(self) -> dict[str, Any] | None:
         """On the first process the weights of a sharded model, of which every process has a part; None if it is whole."""
-        if not self.config.fsdp:
-            return None
-        return dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+        return gathered_weights(self.model) if self.config.fsdp else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.config.fsdp:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = get_optimizer_state_dict(self.model, self.optimizer)
-        dcp.save({_OPTIMIZER: state}, checkpoint_id=Path(output_dir, _OPTIMIZER))
+        save_sharded_optimizer(Path(output_dir), self.model, self.optimizer)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULER))
+            save_scheduler(Path(output_dir), self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.config.fsdp or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        state = get_optimizer_state_dict(self.model, self.optimizer)
-        dcp.load({_OPTIMIZER: state}, checkpoint_id=Path(checkpoint, _OPTIMIZER))
-        set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, _SCHEDULER), weights_only=True))
+        load_sharded_optimizer(Path(checkpoint), self.model, self.optimizer)
+        load_scheduler(Path(checkpoint), self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Only adapters: a model that is trained in full is loaded from the checkpoint's folder in the first place."""
@@ -295,7 +278,9 @@ class _Flow(TrainerCallback):
     ) -> TrainerControl:
         if self.trainer.stopped:
             control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps:
+        if (
+            state.global_step >= state.max_steps
+        ):  # whether interrupted or not: going on would take no step to evaluate after
             control.should_evaluate = self.trainer.eval_dataset is not None
         # the mean of a log line must not reach over a checkpoint: what is behind it would be missing after a resume
         control.should_log = control.should_log or control.should_save

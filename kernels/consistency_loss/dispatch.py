@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.kernels.consistency_loss import native_loss, reference
+from engine.kernels.consistency_loss import native_loss, native_sparse, reference
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 
 Solver = Callable[[Problem, Needs], Outcome]
@@ -23,14 +23,18 @@ def _choose(p: Problem, impl: str) -> Solver:
     if impl == "cpp":
         if reason := native_loss.reason_against(p):
             raise ValueError(f'impl="cpp" cannot run here: {reason}; use impl="auto" or impl="torch"')
-        return native_loss.loss_and_gradients
+        return _native(p)
     if impl == "triton":
         if reason := _against_triton(p):
             raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto" or impl="torch"')
         return _triton()
     if p.weight.is_cpu:
-        return reference.loss_and_gradients if native_loss.reason_against(p) else native_loss.loss_and_gradients
+        return reference.loss_and_gradients if native_loss.reason_against(p) else _native(p)
     return reference.loss_and_gradients if _against_triton(p) else _triton()
+
+
+def _native(p: Problem) -> Solver:
+    return native_sparse.loss_and_gradients if p.plan == "sparse" else native_loss.loss_and_gradients
 
 
 def _against_triton(p: Problem) -> str | None:

@@ -16,8 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensors(target: Tensor, draft: Tensor, weight: Tensor, labels: Tensor, pairs: Tensor) -> None:
     """Shapes, dtypes and devices of the required tensors."""
     named = {"target_hidden": target, "draft_hidden": draft, "lm_head_weight": weight}
-    for name, tensor in named.items():
+    for name, tensor in {**named, "labels": labels, "pair_index": pairs}.items():
         refuse_distributed(name, tensor)
+    for name, tensor in named.items():
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions [rows, hidden size], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in DTYPES:
@@ -69,8 +70,8 @@ def check_options(
         raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if not filter_eps >= 0:
-        raise ValueError(f"filter_eps must be 0 or larger, got {filter_eps}")
+    if not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps must be 0 or larger and less than 1, got {filter_eps}")
     if filter_eps > 0 and plan != "sparse":
         raise ValueError(f'filter_eps={filter_eps} needs plan="sparse", got plan={plan!r}; the other plans are exact')
 
@@ -80,6 +81,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         # Not torch.tensor: its copy to a GPU waits.
         return torch.full((), value, dtype=torch.float64, device=like.device)
+    refuse_distributed(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
     _refuse_gradient(name, value)
@@ -97,11 +99,17 @@ def denominator(name: str, value: float | Tensor | None, like: Tensor) -> Tensor
 
 def refuse_distributed(name: str, tensor: Tensor) -> None:
     """A sharded tensor's local part is not the whole matrix."""
-    if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
-        raise TypeError(
-            f"{name} is a DTensor, the loss needs a plain tensor: under FSDP2 call it inside the module that owns the "
-            f"weight, where it is gathered, or pass {name}.full_tensor()"
-        )
+    if not (hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")):
+        return
+    whole = f"{name}.full_tensor()"
+    if tensor.requires_grad:
+        # full_tensor() alone takes every process's gradient for that of all: each would keep a part of its own
+        partial = ", ".join(["Partial()"] * len(tensor.placements))
+        whole = f"{name}.full_tensor(grad_placements=[{partial}]), whose gradient is the sum over the processes"
+    raise TypeError(
+        f"{name} is a DTensor, the loss needs a plain tensor: under FSDP2 call it inside the module that owns the "
+        f"weight, where it is gathered, or pass {whole}"
+    )
 
 
 def _check_rows(name: str, tensor: Tensor, like: Tensor, like_name: str, *dtypes: torch.dtype) -> None:

@@ -72,7 +72,10 @@ def consistency_loss(
     the logits of both distributions of the KL, which is multiplied by its square (Hinton et al. 2015); the cross
     entropy is that of temperature 1. ``omega=0.0`` skips the drafts; as a tensor omega is never read by the host.
 
-    ``plan="sparse"`` may leave out what ``filter_eps`` bounds; every other plan is exact. The gradients are taken in
+    ``plan="sparse"`` leaves small entries of a row of dL/dlogits out of its gradients, together at most the share
+    ``filter_eps`` of the row's sum of magnitudes (0: nothing), and puts approximations in their place: 0.1 cost 2e-3 to
+    5e-3 of a gradient's norm on a trained model. Losses and statistics stay exact, as is every other plan; where little
+    could be left out, as before training, or without an implementation of it, so is this one. The gradients are taken in
     the forward pass and kept until the backward; without gradients to take there is only the loss.
     """
     check_tensors(target_hidden, draft_hidden, lm_head_weight, labels, pair_index)

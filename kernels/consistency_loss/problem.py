@@ -34,7 +34,8 @@ class Problem:
     temperature: float
     """Of the divergence only: softmax(logits / temperature), times temperature ** 2 (Hinton et al. 2015)."""
     filter_eps: float
-    """What the sparse plan may leave out; unused by the others."""
+    """Of the sparse plan: the largest share of the magnitudes of a row of dL/dlogits that may be left out of its gradients; 0:
+    nothing, as in the other plans."""
     plan: str
     """``dense``, ``recompute`` or ``sparse``, as far as the implementation offers it."""
 

@@ -11,7 +11,7 @@ HEADROOM = 0.9  # of the memory that is free: the allocator cannot use every gap
 
 
 def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
-    """Cross entropy, divergence and the wanted gradients by ``p.plan``: "dense", "recompute" or "auto"."""
+    """Cross entropy, divergence and the wanted gradients by ``p.plan``: "dense", "recompute", "sparse" or "auto"."""
     v = p.weight.shape[0]
     if v >= MAX_VOCABULARY:
         raise ValueError(f'impl="triton" takes vocabularies below {MAX_VOCABULARY}, got {v}; use impl="torch"')
@@ -23,10 +23,14 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
 
 def _implementation(p: Problem, needs: Needs) -> Callable[[Problem, Needs], Outcome]:
     """Imports Triton only now: without it, or a GPU, the rest of the package works."""
-    if p.plan not in ("auto", "dense", "recompute"):
-        raise ValueError(f'impl="triton" offers plan="auto", "dense" and "recompute", got {p.plan!r}; use one of these')
-    from engine.kernels.consistency_loss import triton_dense, triton_recompute
+    if p.plan not in ("auto", "dense", "recompute", "sparse"):
+        raise ValueError(
+            f'impl="triton" offers plan="auto", "dense", "recompute", "sparse", got {p.plan!r}; use one of these'
+        )
+    from engine.kernels.consistency_loss import triton_dense, triton_recompute, triton_sparse
 
+    if p.plan == "sparse":
+        return triton_sparse.loss_and_gradients
     dense = p.plan == "dense" or (p.plan == "auto" and _fits(p, triton_dense.peak_bytes(p, needs)))
     return triton_dense.loss_and_gradients if dense else triton_recompute.loss_and_gradients
 

@@ -34,10 +34,8 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     bias_sum = torch.zeros(p.weight.shape[0], dtype=torch.float32, device=p.weight.device) if needs.bias else None
     scale = gradient_scale(p)
     parts = chunks(p, needs, capacity(p, needs))
-    logits = _buffer(p, max((part.rows for part in parts), default=0), torch.float32)
     dtype = p.weight.dtype
-    apart = needs.gradients and dtype != torch.float32
-    differences = _buffer(p, logits.shape[0], dtype) if apart else logits
+    logits, differences = buffers(p, needs, max((part.rows for part in parts), default=0))
     for i, part in enumerate(parts):
         _chunk(p, needs, part, results, logits, differences, weight_sum, bias_sum, scale, i == 0)
     if weight_sum is not None and not parts:
@@ -76,33 +74,49 @@ def unscaled(total: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> 
     return (total if scale is None else total.div_(scale)).to(dtype)
 
 
-def _buffer(p: Problem, rows: int, dtype: torch.dtype) -> Tensor:
-    """[rows, v] with rows that start at multiples of 16 bytes: products are slower on others."""
-    v = p.weight.shape[0]
-    return torch.empty(rows, -(-v // 8) * 8, dtype=dtype, device=p.weight.device)[:, :v]
+def buffers(p: Problem, needs: Needs, rows: int, multiple: int = 8) -> tuple[Tensor, Tensor]:
+    """[rows, v] for logits and for differences, float32 ones in the same memory; row lengths a multiple of ``multiple``.
+
+    Products are slower on rows that do not start at multiples of 16 bytes.
+    """
+    v, dtype = p.weight.shape[0], p.weight.dtype
+    shape = rows, -(-v // multiple) * multiple
+    logits = torch.empty(shape, dtype=torch.float32, device=p.weight.device)[:, :v]
+    if dtype == torch.float32 or not needs.gradients:
+        return logits, logits
+    return logits, torch.empty(shape, dtype=dtype, device=p.weight.device)[:, :v]
 
 
 def _chunk(
     p: Problem, needs: Needs, part: Chunk, results: Results, logits: Tensor, differences: Tensor,
     weight_sum: Tensor | None, bias_sum: Tensor | None, scale: Tensor | None, first: bool,
 ) -> None:  # fmt: skip
-    hidden, quiet = part.hidden(p), part.without_gradient
-    z = logits[: part.rows]
-    product(hidden, p.weight.T, out=z)
-    sums = row_sums(p, z, part.labels(p), needs.stats)
-    store = needs.gradients
-    g = differences[quiet : part.rows] if differences is logits else differences[: part.rows - quiet]
-    divergence = _differences(p, part, z, sums, part.scale(p) if scale is None else part.scale(p) * scale, g, store)
-    results.write_losses(part, sums, divergence)
-    if not store:
+    hidden = part.hidden(p)
+    g = losses_and_differences(p, needs, part, hidden, results, logits, differences, scale)
+    if not needs.gradients:
         return
     wanted = part.rows_wanted(needs)
     if wanted.stop > wanted.start:
         results.write_hidden(part, wanted, product(g[wanted], p.weight), scale)
     if weight_sum is not None:
-        accumulate(weight_sum, g.T, hidden[quiet:], first)
+        accumulate(weight_sum, g.T, hidden[part.without_gradient :], first)
     if bias_sum is not None:
         bias_sum += g.sum(0, dtype=torch.float32)
+
+
+def losses_and_differences(
+    p: Problem, needs: Needs, part: Chunk, hidden: Tensor, results: Results, logits: Tensor, differences: Tensor,
+    scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Writes a chunk's losses; returns dLoss/dlogits [rows with a gradient, v] times ``scale``, in ``buffers``."""
+    quiet, store = part.without_gradient, needs.gradients
+    z = logits[: part.rows]
+    product(hidden, p.weight.T, out=z)
+    sums = row_sums(p, z, part.labels(p), needs.stats)
+    g = differences[quiet : part.rows] if differences is logits else differences[: part.rows - quiet]
+    row_scale = part.scale(p) if scale is None else part.scale(p) * scale
+    results.write_losses(part, sums, store_differences(p, part, z, sums, row_scale, g, store))
+    return g
 
 
 def row_sums(p: Problem, z: Tensor, labels: Tensor, stats: bool) -> Tensor:
@@ -121,7 +135,9 @@ def row_sums(p: Problem, z: Tensor, labels: Tensor, stats: bool) -> Tensor:
     return combined(partial, p.temperature, stats)
 
 
-def _differences(p: Problem, part: Chunk, z: Tensor, sums: Tensor, scale: Tensor, g: Tensor, store: bool) -> Tensor:
+def store_differences(
+    p: Problem, part: Chunk, z: Tensor, sums: Tensor, scale: Tensor, g: Tensor, store: bool
+) -> Tensor:
     """Fills g [rows with a gradient, v]; returns the divergence of the drafts."""
     v, drafts = z.shape[1], part.drafts.numel()
     blocks = triton.cdiv(v, BLOCK)

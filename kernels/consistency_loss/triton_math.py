@@ -30,6 +30,12 @@ def capped(z: tl.tensor, cap: tl.tensor, HAS_CAP: tl.constexpr) -> tuple[tl.tens
 
 
 @triton.jit
+def half_of(tile: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
+    """Left or right columns."""
+    return tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1).split()[HALF]
+
+
+@triton.jit
 def finite(m: tl.tensor) -> tl.tensor:
     """Zero for a maximum of -inf, which would make the exponents of its terms NaN."""
     return tl.where(m == float("-inf"), 0.0, m)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.kernels.consistency_loss import triton_dense
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
-from engine.kernels.consistency_loss.triton_math import FIELDS, capped, combined, finite, moved, store_sums
+from engine.kernels.consistency_loss.triton_math import FIELDS, capped, combined, finite, half_of, moved, store_sums
 from engine.kernels.consistency_loss.triton_products import accumulate, product
 from engine.kernels.consistency_loss.triton_rows import Chunk, Results, chunks
 
@@ -167,12 +167,6 @@ def projected(
             x, w = x.to(tl.float32), w.to(tl.float32)
         z = tl.dot(x, w, z, input_precision="ieee")
     return z
-
-
-@triton.jit
-def half_of(tile: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
-    """Left or right columns."""
-    return tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)).permute(0, 2, 1).split()[HALF]
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Inputs for the consistency loss, its float64 autograd oracle, and how far from it an implementation may be."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +108,13 @@ def rounding(exact: Tensor, dtype: torch.dtype) -> float:
     return error(exact.to(dtype), exact)
 
 
-def assert_close(actual: Results, case: Case, *, bounded: bool = True) -> None:
-    """Within LOSS.md's bounds (``bounded``: ordinary inputs), or twice the error of the plain float32 computation."""
+def assert_close(actual: Results, case: Case, *, bounded: bool = True, twice: bool = True) -> None:
+    """Within LOSS.md's bounds, and within twice the error of the plain float32 computation, its output rounded too.
+
+    ``bounded=False``: inputs that plain float32 itself misses the bounds on. ``twice=False``: sizes at which a BLAS, which
+    adds up in more and shorter chains, is further ahead of a kernel that is within the bounds.
+    """
+    assert bounded or twice
     exact = plain(case)
     low = plain(case, torch.float32)
     dtype = case.weight.dtype
@@ -122,10 +128,12 @@ def assert_close(actual: Results, case: Case, *, bounded: bool = True) -> None:
     for name, a, e, l in zip(NAMES, actual.grads, exact.grads, low.grads, strict=False):
         assert a.dtype is dtype
         assert a.shape == e.shape
-        norm = float(e.norm())
-        allowed = BOUND[dtype] * norm
-        if not bounded:
-            allowed = max(allowed, 2 * error(l, e))
-        assert error(a, e) <= allowed + rounding(e, dtype), (
-            f"{name}: relative error {error(a, e) / (norm or 1):.3g}, allowed {allowed / (norm or 1):.3g} and rounding"
-        )
+        norm, rounded = float(e.norm()), rounding(e, dtype)
+        bounds = {
+            "LOSS.md's bound": BOUND[dtype] * norm + rounded if bounded else math.inf,
+            "twice plain float32": 2 * (error(l, e) + rounded) if twice else math.inf,
+        }
+        for bound, allowed in bounds.items():
+            assert error(a, e) <= allowed, (
+                f"{name}: relative error {error(a, e) / (norm or 1):.3g}, by {bound} {allowed / (norm or 1):.3g}"
+            )

@@ -7,19 +7,21 @@ Not collected by default: Triton reads that variable when it is imported, so the
 import itertools
 import os
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.consistency_loss import triton, triton_dense, triton_recompute, triton_rows
+from engine.kernels.consistency_loss import triton, triton_dense, triton_recompute, triton_rows, triton_sparse
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from tests.kernels.references import FEW, randn, soft_capped
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 DEVICE = "cpu" if INTERPRETED else "cuda"
-PLANS = ["dense", "recompute"]
+PLANS = ["dense", "recompute", "sparse"]
+NEARLY_NOTHING = 1e-9  # the sparse plan leaves out so little of a row here that it is as exact as the others
 EVERYTHING = Needs(True, True, True, True, True)
 FIELDS = ("cross_entropy", "divergence", "grad_target", "grad_draft", "grad_weight", "grad_bias")
 
@@ -44,7 +46,7 @@ def make(
         labels=torch.arange(m) * 7919 % v, pair_index=pair,
         ce_scale=scale * (randn(5, m).abs() + 0.1) * (torch.arange(m) % 3 != 1),
         kl_scale=scale * (randn(6, r).abs() + 0.1) * (pair >= 0), softcap=softcap, temperature=temperature,
-        filter_eps=0.0, plan=plan,
+        filter_eps=NEARLY_NOTHING if plan == "sparse" else 0.0, plan=plan,
     )  # fmt: skip
     return on_device(p)
 
@@ -145,11 +147,13 @@ def test_every_subset_of_results(plan: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7])
-def test_chunks_of_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", [triton_dense, triton_sparse], ids=["dense", "sparse"])
+def test_chunks_of_few_rows(module: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 1 has more drafts than a chunk holds."""
-    monkeypatch.setattr(triton_dense, "capacity", lambda p, needs: rows)
-    solve(make(6, [1, 1, 4, 1, 1, 1, -1, 1, 1, 1], 8, 40, softcap=5.0))
-    solve(make(6, [1, 1, 4, 1, 1, 1, -1, 1, 1, 1], 8, 40, dtype=torch.bfloat16))
+    monkeypatch.setattr(module, "capacity", lambda p, needs: rows)
+    plan = "dense" if module is triton_dense else "sparse"
+    solve(make(6, [1, 1, 4, 1, 1, 1, -1, 1, 1, 1], 8, 40, plan=plan, softcap=5.0))
+    solve(make(6, [1, 1, 4, 1, 1, 1, -1, 1, 1, 1], 8, 40, plan=plan, dtype=torch.bfloat16))
 
 
 def test_blocks_of_few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +170,8 @@ def test_more_rows_than_a_tile(plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_plan_that_needs_no_synchronisation(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = make(7, [6, 6, -1, 0, 3], 16, 50, plan=plan)
-    module = triton_dense if plan == "dense" else triton_recompute
-    rows = 4 if plan == "dense" else 1 << 62
+    module = {"dense": triton_dense, "recompute": triton_recompute, "sparse": triton_sparse}[plan]
+    rows = 1 << 62 if plan == "recompute" else 4
     monkeypatch.setattr(module, "chunks", lambda p, needs, capacity: list(triton_rows.static_chunks(p, rows)))
     solve(p, replace(EVERYTHING, stats=False))
 
@@ -278,8 +282,8 @@ def test_plan_is_chosen_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton, "_fits", lambda p, wanted, free=free: free)
         triton.loss_and_gradients(p, EVERYTHING)
     assert used == ["dense", "recompute"]
-    with pytest.raises(ValueError, match="got 'sparse'"):
-        triton.loss_and_gradients(replace(p, plan="sparse"), EVERYTHING)
+    with pytest.raises(ValueError, match="got 'fast'"):
+        triton.loss_and_gradients(replace(p, plan="fast"), EVERYTHING)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="indices above 2^31 need a GPU's memory")

@@ -40,12 +40,12 @@ def test_loss_and_gradients(m: int, drafts: int, d: int, v: int, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
 def test_options(options: dict[str, Any], dtype: torch.dtype, loss_impl: LossImpl) -> None:
     case = random_case(21, 3, 40, 515, dtype=dtype, seed=5, **options)
-    assert_close(run(case, loss_impl), case, bounded="scale" not in options)
+    assert_close(run(case, loss_impl), case)
 
 
 def test_a_large_vocabulary(loss_impl: LossImpl) -> None:
     case = random_case(3, 1, 16, 256_000, omega=2.0, ignored=0, unpaired=0)
-    assert_close(run(case, loss_impl), case, bounded=False)
+    assert_close(run(case, loss_impl), case, bounded=loss_impl != "torch")
 
 
 @pytest.mark.parametrize("distance", [0.3, 0.05, 0.01])

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -119,6 +120,19 @@ def test_omega_as_a_tensor(loss_impl: LossImpl) -> None:
     expected = torch.autograd.grad(loss(leaves, loss_impl), leaves)
     actual = torch.autograd.grad(loss(leaves, loss_impl, omega=torch.tensor(2.0)), leaves)
     assert all(map(torch.equal, actual, expected))
+
+
+def test_no_tensor_is_read_by_the_host_before_the_operation() -> None:
+    """Fake tensors have no values: what asks for one fails, as it would wait for a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        target, draft, weight = (torch.empty(n, 12, requires_grad=True) for n in (10, 20, 60))
+        labels, pairs = (torch.empty(n, dtype=torch.int64) for n in (10, 20))
+        scalars = {name: torch.empty(()) for name in ("omega", "ar_denominator", "consistency_denominator")}
+        out = consistency_loss(target, draft, weight, labels, pairs, **scalars)
+        out.loss.backward()
+        assert weight.grad is not None
+        with pytest.raises(DataDependentOutputException):
+            float(out.loss.detach())
 
 
 @pytest.mark.parametrize("tied", [False, True])

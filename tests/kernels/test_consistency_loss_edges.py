@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from engine.kernels import consistency_loss
 from engine.kernels.consistency_loss.operation import LossImpl
-from tests.kernels.consistency_cases import Case, assert_close, plain, random_case, run
+from tests.kernels.consistency_cases import Case, assert_close, error, plain, random_case, rounding, run
 from tests.kernels.references import randn
 
 INFINITY, NAN = float("inf"), float("nan")
@@ -61,19 +62,20 @@ def test_ignore_index(ignore_index: int, index_dtype: torch.dtype, loss_impl: Lo
     assert_close(run(case, loss_impl), case)
 
 
-@pytest.mark.parametrize("v", [1, 2, 7, 8, 9, 127, 128, 129, 1023, 1024, 1025, 2056])
+@pytest.mark.parametrize("v", [1, 2, 7, 8, 9, 127, 128, 129, 1023, 1024, 1025, 2056, 50257])
 def test_vocabulary_around_the_blocks(v: int, loss_impl: LossImpl) -> None:
     case = random_case(9, 1, 123, v, omega=3.0, unpaired=0, seed=v)
     labels = case.labels.clone()
     labels[0], labels[1] = v - 1, 0
     case = dataclasses.replace(case, labels=labels)
-    assert_close(run(case, loss_impl), case, bounded=v > 2)
+    # a BLAS adds up tens of thousands of words less exactly than that
+    assert_close(run(case, loss_impl), case, bounded=v < 10_000 or loss_impl != "torch")
 
 
 @pytest.mark.parametrize("d", [1, 15, 16, 47, 48, 49, 191, 192, 193, 250])
 def test_hidden_sizes_around_the_panels(d: int, loss_impl: LossImpl) -> None:
     case = random_case(9, 1, d, 257, omega=3.0, unpaired=0, seed=d)
-    assert_close(run(case, loss_impl), case, bounded=False)
+    assert_close(run(case, loss_impl), case, twice=d < 250)
 
 
 @pytest.mark.parametrize("m", [15, 16, 17, 47, 48, 49, 95, 96, 97, 192, 193])
@@ -104,7 +106,7 @@ def test_one_hot_teacher_and_underflowing_student(loss_impl: LossImpl) -> None:
     target[0, 3], target[1, 7], target[2, 39] = 200.0, 90.0, 30.0
     draft = target.roll(5, 1)
     case = logits_case(target, draft, [3, 7, 0], omega=0.5)
-    assert_close(run(case, loss_impl), case, bounded=False)
+    assert_close(run(case, loss_impl), case)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0, 5.0])
@@ -119,7 +121,7 @@ def test_constant_rows_and_a_certain_label(loss_impl: LossImpl) -> None:
     target = torch.full((4, 33), 7.5)
     target[3, 5] = 40.0
     case = logits_case(target, torch.full((4, 33), -2.0), [0, 32, 5, 5], omega=2.0)
-    assert_close(run(case, loss_impl), case, bounded=False)
+    assert_close(run(case, loss_impl), case)
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-4])
@@ -150,6 +152,67 @@ def test_broken_rows_show(broken: float, loss_impl: LossImpl) -> None:
     assert results.grads[1][4].isnan().all()
     assert results.grads[1][[3, 5]].isfinite().all()
     assert results.grads[0].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["target", "weight"])
+@pytest.mark.parametrize("broken", [NAN, INFINITY])
+def test_broken_teachers_and_heads_show(broken: float, where: str, loss_impl: LossImpl) -> None:
+    """In the target row's own terms and its students'; a word of the head is in every row's sum."""
+    case = random_case(20, 2, 16, 300, ignored=0, unpaired=0)
+    tensor = getattr(case, where).clone()
+    tensor[4, 3] = broken
+    results = run(dataclasses.replace(case, **{where: tensor}), loss_impl)
+    assert not results.ar.isfinite()
+    assert not results.consistency.isfinite()
+    rows = torch.full((20,), where == "weight")
+    rows[4] = True
+    assert results.grads[0].isnan().any(1).tolist() == rows.tolist()
+    assert results.grads[1].isnan().any(1).tolist() == rows[case.pairs].tolist()
+    assert results.grads[2].isnan().any()
+
+
+def test_omega_zero_does_not_touch_the_drafts(loss_impl: LossImpl) -> None:
+    case = random_case(20, 1, 16, 300, omega=0.0)
+    results = run(dataclasses.replace(case, draft=torch.full_like(case.draft, NAN)), loss_impl)
+    assert_close(results, case)
+    assert not results.grads[1].any()
+
+
+def test_logits_beyond_float16(loss_impl: LossImpl) -> None:
+    """Logits of 1e5 and more; gradients above 65504 become infinite in their own tensor, where rounding makes them so."""
+    case = random_case(6, 1, 32, 40, dtype=torch.float16, ignored=0, unpaired=0, omega=1e-3)
+    case = dataclasses.replace(case, target=case.target * 200, draft=case.draft * 200, weight=case.weight * 200)
+    assert (case.target.float() @ case.weight.float().T).abs().max() > 1e5
+    assert_close(run(case, loss_impl), case, bounded=False)
+    large = run(case, loss_impl, omega=1e4)
+    exact = plain(dataclasses.replace(case, options={"omega": 1e4}))
+    for actual, e in zip(large.grads, exact.grads, strict=True):
+        assert torch.equal(actual.isinf(), e.half().isinf())
+        assert not actual.isnan().any()
+    assert exact.grads[1].half().isinf().any()
+
+
+@pytest.mark.slow
+def test_a_head_of_more_than_two_to_the_31_elements() -> None:
+    """Its last rows are read and their words count; all others are zeros, in memory that is never really there."""
+    pytest.importorskip("engine.kernels._cpu")  # the reference would make a copy in float32
+    d, v = 16384, 131072 + 40
+    weight = torch.from_numpy(np.zeros((v, d), dtype=np.int16)).view(torch.bfloat16)
+    weight[-3:] = randn(0, 3, d, scale=d**-0.5).bfloat16()
+    target, draft = (randn(seed, 1, d, dtype=torch.bfloat16) for seed in (1, 2))
+    leaves = [target.requires_grad_(), draft.requires_grad_()]
+    out = consistency_loss(*leaves, weight, torch.tensor([v - 2]), torch.tensor([0]), omega=3.0, impl="cpp")
+    grads = torch.autograd.grad(out.loss, leaves)
+    # the same problem with one word of all zeros, which counts v - 3 times
+    tail = torch.cat((torch.zeros(1, d, dtype=torch.float64), weight[-3:].double()))
+    times = torch.tensor([v - 3.0, 1, 1, 1], dtype=torch.float64)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    log_p, log_q = ((z := h @ tail.T) - (z.exp() * times).sum(-1, keepdim=True).log() for h in exact)
+    log_p_teacher = log_p.detach()
+    loss = -log_p[0, 2] + 3.0 * (times * log_p_teacher.exp() * (log_p_teacher - log_q)).sum()
+    torch.testing.assert_close(out.loss.double(), loss, rtol=2e-6, atol=0)
+    for actual, e in zip(grads, torch.autograd.grad(loss, exact), strict=True):
+        assert error(actual, e) <= 2e-3 * float(e.norm()) + rounding(e, torch.bfloat16)
 
 
 def test_views(loss_impl: LossImpl) -> None:

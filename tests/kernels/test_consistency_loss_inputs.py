@@ -64,7 +64,7 @@ def call(**changes: Any) -> None:
         ),
         ({"plan": "fast"}, ValueError, "plan must be one of"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
-        ({"filter_eps": -1.0}, ValueError, "filter_eps must be 0 or larger"),
+        ({"filter_eps": -1.0}, ValueError, "filter_eps must be 0 or larger and less than 1"),
         ({"filter_eps": 1e-5}, ValueError, 'filter_eps=1e-05 needs plan="sparse"'),
         ({"impl": "cpp", "plan": "recompute"}, ValueError, 'impl="cpp" cannot run here'),
     ],

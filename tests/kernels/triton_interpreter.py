@@ -8,6 +8,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _get_np_dtype
 
 _cast = InterpreterBuilder.cast_impl
+_patch_tensor = interpreter._patch_lang_tensor
 _patched: set[str] = set()
 
 
@@ -31,6 +32,13 @@ def _call(function: InterpretedFunction, *given: Any, **named: Any) -> Any:
     return function.rewrite()(*given, **named)
 
 
+def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 converts arrays of one element to int, which NumPy 2.4 refuses unless they have no dimensions."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.squeeze()))
+
+
 def repair() -> None:
     InterpreterBuilder.cast_impl = _round_to_nearest
     InterpretedFunction.__call__ = _call
+    interpreter._patch_lang_tensor = _patch_tensor_and_index

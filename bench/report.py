@@ -1,0 +1,103 @@
+"""Tables of the README from the results under bench/results/, so that no figure is typed by hand.
+
+    python -m bench.report [--write]
+
+Prints them; ``--write`` puts them between the README's markers ``<!-- name -->`` and ``<!-- /name -->``.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.measure import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown, or what to say without rows."""
+    if not rows:
+        return "Not measured."
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def consistency_loss(results: dict[str, Any]) -> str:
+    """Time and memory of the dense plan, a row per shape."""
+    rows = []
+    for name, found in results.items():
+        if "median_seconds" not in found or name.startswith("states"):
+            continue
+        kind = name.split("-")[0].replace("fp", "float").replace("bf", "bfloat")
+        m, d, v = found["shape"]
+        rows.append([
+            f"{m:,} × {d:,} × {v:,}", kind + (", soft-cap" if name.endswith("softcap") else ""),
+            f"{found['median_seconds']['ours']:.2f} s", f"{found['ours/eager']:.2f}", f"{found['ours/compile']:.2f}",
+            f"{found['ours beyond gradients / eager']:.3f}",
+        ])  # fmt: skip
+    header = ["rows × D × V", "dtype", "time", "/ eager", "/ torch.compile", "memory / eager"]
+    return table(header, rows)
+
+
+def sparse_loss(results: dict[str, Any]) -> str:
+    """Time and errors of the gradients on hidden states of a trained model, a row per dtype and plan."""
+    rows = []
+    for name, found in results.items():
+        if not name.startswith("states"):
+            continue
+        errors = found["gradient errors"]
+        for variant in ("eager", "compile", *(v for v in errors if v.startswith("ours"))):
+            plan = variant.replace("compile", "torch.compile").replace("ours, ", "").replace("ours", "dense")
+            seconds = found["median_seconds"]
+            relative = 1.0 if variant == "compile" else found.get(f"{variant}/compile")
+            relative = seconds[variant] / seconds["compile"] if relative is None else relative
+            kind = name.split("-")[1].replace("fp", "float").replace("bf", "bfloat")
+            of_gradients = [f"{errors[variant][tensor]:.1e}" for tensor in ("target", "draft", "head")]
+            rows.append([kind, plan, f"{seconds[variant]:.2f} s", f"{relative:.2f}", *of_gradients])
+    header = ["dtype", "plan", "time", "/ torch.compile", "error: target", "draft", "head"]
+    return table(header, rows)
+
+
+def accuracy(results: dict[str, Any]) -> str:
+    """Error of the drafts' gradient by how far the streams are apart, in percent."""
+    rows = [
+        [f"{kind}, {name}", *(f"{errors[name]:.2%}" for errors in by_distance.values())]
+        for kind, by_distance in results["accuracy"].items()
+        for name in ("output's own rounding", "eager", "ours")
+    ]
+    distances = next(iter(results["accuracy"].values()))
+    return table(["hidden states", *(f"distance {distance}" for distance in distances)], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "consistency-loss": ("consistency_loss_cpu", consistency_loss),
+    "consistency-loss-sparse": ("consistency_loss_cpu", sparse_loss),
+    "consistency-loss-accuracy": ("consistency_loss_cpu", accuracy),
+}
+"""Marker in the README: name of the results, and what makes a table of them."""
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """``text`` with a table between each pair of markers in it."""
+    for name, (file, make) in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
+        filled = f"<!-- {name} -->\n{make(json.loads((folder / f'{file}.json').read_text()))}\n<!-- /{name} -->"
+        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=filled: new, text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    args = parser.parse_args()
+    if args.write:
+        README.write_text(render(README.read_text()))
+        return
+    print(render("\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in TABLES)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The README's tables are those of the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.report import README, consistency_loss, render, sparse_loss
+
+
+def test_readme_shows_the_committed_results() -> None:
+    text = README.read_text()
+    assert render(text) == text, "run python -m bench.report --write"
+    assert text.count("<!-- /") >= 2
+
+
+def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
+    dense = {
+        "shape": [512, 1024, 32000], "median_seconds": {"eager": 2.0, "compile": 1.5, "ours": 1.0}, "ours/eager": 0.5,
+        "ours/compile": 0.6667, "ours beyond gradients / eager": 0.1,
+    }  # fmt: skip
+    errors = {name: {"target": 1e-3, "draft": 2e-3, "head": 3e-3} for name in ("eager", "compile", "ours, sparse 0.01")}
+    seconds = {"eager": 2.0, "compile": 1.5, "ours, sparse 0.01": 0.75}
+    states = {"median_seconds": seconds, "gradient errors": errors, "ours, sparse 0.01/compile": 0.51}
+    results = {"machine": {}, "accuracy": {}, "bf16-32k-softcap": dense, "states-fp32": states}
+    loss = consistency_loss(results).splitlines()[2:]
+    assert loss == ["| 512 × 1,024 × 32,000 | bfloat16, soft-cap | 1.00 s | 0.50 | 0.67 | 0.100 |"]
+    assert sparse_loss(results).splitlines()[2:] == [
+        "| float32 | eager | 2.00 s | 1.33 | 1.0e-03 | 2.0e-03 | 3.0e-03 |",
+        "| float32 | torch.compile | 1.50 s | 1.00 | 1.0e-03 | 2.0e-03 | 3.0e-03 |",
+        "| float32 | sparse 0.01 | 0.75 s | 0.51 | 1.0e-03 | 2.0e-03 | 3.0e-03 |",
+    ]
+    assert sparse_loss({"bf16-32k-softcap": dense}) == "Not measured."
+    (tmp_path / "consistency_loss_cpu.json").write_text(json.dumps(results))
+    text = "before\n<!-- consistency-loss -->\nold\n<!-- /consistency-loss -->\nafter"
+    assert render(text, tmp_path).splitlines()[-3:] == [loss[0], "<!-- /consistency-loss -->", "after"]
+    with pytest.raises(FileNotFoundError):
+        render(text, tmp_path / "absent")

@@ -1,0 +1,197 @@
+"""What comes out of a run: a refiner that loads; LoRA; a stop where the loss is no longer one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from engine import RefineOptions, Refiner
+from engine.refiner import DEFAULT_CHECKPOINT
+from engine.training import trainer as trainer_module
+from engine.training.checkpoint import checkpoints
+from engine.training.data import EpochBatches, padded_shares, thinned
+from engine.training.watch import Watch
+from tests.engine.training.runs import assert_same, log_of, make_model, optimizer_state, run, small_run, weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_refiner_loads(tied: bool, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", tied=tied)
+    sampling = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=2, pad_token_id=3)
+    fields = {
+        **json.loads(sampling.to_json_string()),
+        "do_sample": False,
+    }  # as some are published: not savable as it is
+    (base / "generation_config.json").write_text(json.dumps(fields))
+    settings = small_run(tmp_path / "run", model=str(base), steps=2, epochs=1.0)
+    assert run(settings) == 0
+    folder = Path(settings["output"], "model")
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
+    assert ("lm_head.weight" in weights(folder)) is not tied
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.use_cache
+    assert model.generation_config.eos_token_id == 2
+    tokenizer, came = (AutoTokenizer.from_pretrained(path) for path in (folder, DEFAULT_CHECKPOINT))
+    assert tokenizer.chat_template == came.chat_template
+    assert tokenizer.model_max_length == came.model_max_length
+    with Refiner.from_pretrained(folder) as refiner:
+        [result] = refiner.refine([{"prompt_ids": [7, 8, 9], "draft_ids": [5, 6]}], RefineOptions(max_new_tokens=12))
+    expected = model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    assert result.token_ids == expected
+
+
+def test_lora(tmp_path: Path) -> None:
+    """Adapters alone are trained, kept and gone on from; the refiner is the base with them added."""
+    settings = small_run(
+        tmp_path, lora_rank=2, lora_alpha=6, lora_dropout=0.2, lora_targets=["q_proj", "down_proj"], lr=1e-2
+    )
+    output, base = Path(settings["output"]), Path(settings["model"])
+    before = weights(base)
+    assert run(settings) == 0
+    assert not (output / "checkpoint-9" / "model.safetensors").exists()
+    assert_same(weights(base), before)
+    after = weights(output / "model")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in before if "q_proj" in name or "down_proj" in name}
+    merged: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "checkpoint-9")
+    for name, value in merged.merge_and_unload().state_dict().items():
+        if name in after:
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    trained = sum(len(group["params"]) for group in optimizer_state(output / "checkpoint-9")["param_groups"])
+    assert trained == 2 * 2 * 2
+    Refiner.from_pretrained(output / "model").close()
+
+
+def test_lora_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"lora_rank": 2, "lora_dropout": 0.2, "save_every": 4}
+    whole, broken = (small_run(tmp_path, output=str(tmp_path / name), **changes) for name in ("whole", "broken"))
+    assert run(whole) == 0
+
+    def fail(*_: Any) -> None:
+        raise OSError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.RefinerTrainer, "save_refiner", fail)
+        patch.setattr(trainer_module, "remove_old", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+        assert run(broken) == 1
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["checkpoint-4"]
+    assert run(broken) == 0
+    assert_same(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "broken")
+
+
+def test_nan_stops_before_the_weights(tmp_path: Path, capfd: Any) -> None:
+    """A token whose embedding is NaN is in one row: that row is named, and no weight is ever touched by it."""
+    settings = small_run(tmp_path, held_out=0, micro_batch=1, save_every=1, keep_checkpoints=9)
+    base, data = Path(settings["model"]), Path(settings["data"])
+    make_model(base, tied=False)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    order = list(EpochBatches(len(rows), 4, 4, seed=0, process=0, processes=1))
+    victim = order[1][2]
+    for row in [rows[victim]]:
+        row["prompt"] = "Zebra"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    others = {token for row in rows if row["prompt"] != "Zebra" for token in tokenizer(json.dumps(row))["input_ids"]}
+    own = [token for token in tokenizer("Zebra", add_special_tokens=False)["input_ids"] if token not in others]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[own] = math.nan
+    model.save_pretrained(base)
+    assert run(settings) == 1
+    said = capfd.readouterr().err
+    assert (
+        "step 2 of 9 was not taken: ar is nan (ar nan, consistency nan, omega 1000, gradient norm nan, lr 0.00" in said
+    )
+    assert (
+        f"trajectories in it: 'row{victim}'; the last checkpoint is {settings['output']}/checkpoint-1: look at" in said
+    )
+    assert [path.name for path in checkpoints(Path(settings["output"]))] == ["checkpoint-1"]
+    saved = weights(Path(settings["output"], "checkpoint-1"))
+    embedding = saved.pop("model.embed_tokens.weight")
+    assert int(embedding.isnan().any(1).sum()) == len(own)
+    assert all(bool(torch.isfinite(weight).all()) for weight in saved.values())
+    assert run(settings) == 1  # and again, from the checkpoint
+    assert "step 2 of 9 was not taken" in capfd.readouterr().err
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small_run(tmp_path)
+    inner, calls = trainer_module.train_step, []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+        return inner(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "train_step", fail)
+    assert run(settings) == 1
+    said = "CUDA out of memory. Tried to allocate 2 GiB.; the same command goes on with a smaller micro_batch"
+    assert said in capfd.readouterr().err
+    assert run({**settings, "micro_batch": 2}) == 0
+
+
+def test_an_explosion_is_told_by_the_losses_before() -> None:
+    watch = Watch(omega=10.0, explosion=5.0)
+    assert [watch.problem(1.0, 9.0 if step == 7 else 0.1, 1.0) for step in range(20)] == [
+        None
+    ] * 20  # too early to judge
+    assert watch.problem(1.0, 0.89, 1.0) is None
+    said = "the loss is 10.1, more than explosion=5 times the usual 2"
+    assert watch.problem(1.0, 0.91, 1.0) == said
+    assert watch.problem(1.0, 0.91, 1.0) == said  # it is not among the usual ones now
+    never = Watch(omega=1.0, explosion=0.0)
+    assert [never.problem(10.0**step, 0.0, 1.0) for step in range(30)] == [None] * 30
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize(("place", "name"), list(enumerate(("ar", "consistency", "the gradient's norm"))))
+def test_what_is_not_finite_is_named(place: int, name: str, wrong: float) -> None:
+    values = [1.0, 1.0, 1.0]
+    values[place] = wrong
+    assert Watch(omega=10.0, explosion=0.0).problem(*values) == f"{name} is {wrong}"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_processes(processes: int) -> None:
+    alone = EpochBatches(22, 4, 4, seed=7, process=0, processes=1)
+    shared = [EpochBatches(22, 4, 1, seed=7, process=r, processes=processes) for r in range(processes)]
+    seen = []
+    for epoch in range(2):
+        for batches in (alone, *shared):
+            batches.set_epoch(epoch)
+        micro = 4 // processes
+        parts = [list(batches) for batches in shared]
+        assert all(len(part) == len(batches) == 5 * micro for part, batches in zip(parts, shared, strict=True))
+        for step, batch in enumerate(alone):
+            mine = [place for part in parts for one in part[step * micro : (step + 1) * micro] for place in one]
+            assert sorted(mine) == sorted(batch)
+            assert len(set(batch)) == 4
+        seen.append([place for batch in alone for place in batch])
+        assert len(set(seen[-1])) == 20
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize(("count", "size", "processes"), [(5, 2, 1), (5, 2, 2), (1, 4, 3), (8, 2, 2), (7, 3, 2)])
+def test_evaluation_counts_every_row_once_in_equally_many_batches(count: int, size: int, processes: int) -> None:
+    shares = [list(padded_shares(count, size, process=r, processes=processes)) for r in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(place for share in shares for places, counts in share if counts for place in places) == list(
+        range(count)
+    )
+    assert all(places for share in shares for places, _ in share)
+
+
+def test_of_many_responses_some_are_kept() -> None:
+    ranked = [[index] for index in range(11)]
+    assert thinned(ranked, 6) == [[0], [2], [4], [6], [8], [10]]
+    assert thinned(ranked, 1) == [[10]]
+    assert thinned(ranked, 2) == [[0], [10]]
+    assert thinned(ranked, 11) == thinned(ranked, 99) == ranked

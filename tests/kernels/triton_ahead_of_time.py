@@ -1,0 +1,186 @@
+"""Every Triton kernel of the loss compiled as its launcher would launch it, for chips that need not be here."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from engine.kernels.consistency_loss import (
+    triton_dense,
+    triton_gather,
+    triton_math,
+    triton_recompute,
+    triton_sparse,
+)
+from engine.kernels.consistency_loss.problem import Needs, Problem
+from engine.kernels.consistency_loss.triton_rows import Chunk, Results
+
+MODULES = (triton_dense, triton_math, triton_recompute, triton_gather, triton_sparse)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+         torch.int8: "i8"}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages")
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+CHIPS = tuple(TENSOR_CORES)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What kernels are specialised to; ``extras``: bias, temperature and statistics."""
+
+    d: int
+    v: int
+    softcap: float | None
+    dtype: torch.dtype
+    extras: bool
+
+
+SHAPES = {
+    "gemma-2-9b": Shape(3584, 256000, 30.0, torch.bfloat16, False),
+    "llama-3-8b": Shape(4096, 128256, None, torch.bfloat16, False),
+    "llama-3-8b with extras": Shape(4096, 128256, 30.0, torch.bfloat16, True),
+    "odd float32": Shape(123, 50257, None, torch.float32, False),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """The kernel, and which of its switches are on."""
+        on = [p.name for p in self.kernel.params if p.is_constexpr and self.arguments[p.name] is True]
+        return " ".join([self.kernel.__name__, *on])
+
+    @property
+    def warps(self) -> int:
+        return self.options.get("num_warps", 4)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one compiled kernel."""
+
+    registers: int
+    """Per thread."""
+    spilled: int
+    """Bytes of them, stored and loaded."""
+    shared: int
+    """Bytes of shared memory per program."""
+    tensor_cores: str | None
+    """The instruction that multiplies, if there is one."""
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: JITFunction, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*given: Any, **named: Any) -> None:
+            options = {name: named.pop(name) for name in OPTIONS if name in named}
+            arguments = dict(zip(self.kernel.arg_names, given, strict=False)) | named
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+        return launch
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches are kept instead of made."""
+    found: list[Launch] = []
+    with ExitStack() as stack:
+        for module in MODULES:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), found)))
+        yield found
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def problem(shape: Shape, rows: int) -> Problem:
+    index, s = meta(rows, dtype=torch.int64), shape
+    return Problem(
+        meta(rows, s.d, dtype=s.dtype), meta(rows, s.d, dtype=s.dtype), meta(s.v, s.d, dtype=s.dtype),
+        meta(s.v, dtype=s.dtype) if s.extras else None, index, index, meta(rows), meta(rows), s.softcap,
+        2.0 if s.extras else 1.0, 0.1, "sparse",
+    )  # fmt: skip
+
+
+def launches(shape: Shape, rows: int = 8192) -> list[Launch]:
+    """Those of every plan, of one chunk and one block of columns; ``rows`` per stream in all."""
+    p, needs = problem(shape, rows), Needs(True, True, True, shape.extras, shape.extras)
+    index = meta(rows // 8, dtype=torch.int64)
+    part = Chunk(index[:0], index[:0], index, index, index, index, index)
+    with recording() as found:
+        logits, differences = triton_dense.buffers(p, needs, part.rows, 128)
+        work = triton_sparse.Work(p, needs, logits, differences)
+        for _ in range(2):  # the second adds
+            work.add(part, Results(p, needs))
+        hidden, labels = part.hidden(p), part.labels(p)
+        sums = triton_recompute.row_sums(p, hidden, labels, needs.stats)
+        width = min(shape.v, triton_recompute.block_width(p, part))
+        log_p, g = meta(part.heads, width), differences[:, :width]
+        triton_recompute._differences(p, part, hidden, labels, sums, part.scale(p), g, log_p, slice(0, width))
+    return list({launch.name: launch for launch in found}.values())
+
+
+def source(launch: Launch) -> ASTSource:
+    """The specialisation that Triton's own launcher would choose."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and free):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def figures(launch: Launch, chip: int) -> Figures:
+    """Of the kernel compiled for compute capability ``chip`` / 10."""
+    assert isinstance(launch.kernel, JITFunction), "TRITON_INTERPRET was set when Triton was imported"
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", chip, 32), options=launch.options)
+    ptx = compiled.asm["ptx"]
+    registers, spilled = usage(ptx, chip)
+    instruction = TENSOR_CORES[chip] if TENSOR_CORES[chip] in ptx else None
+    return Figures(registers, spilled, compiled.metadata.shared, instruction)
+
+
+def usage(ptx: str, chip: int) -> tuple[int, int]:
+    """Registers per thread, and bytes of them that are spilled."""
+    target = re.findall(r"\.target (\w+)", ptx)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder, "kernel.ptx")
+        at.write_text(ptx)
+        command = [get_ptxas(chip).path, "-v", f"-arch={target}", at, "-o", at.with_suffix(".cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    registers = re.findall(r"Used (\d+) registers", report)
+    return int(registers[0]), sum(map(int, spilled))
