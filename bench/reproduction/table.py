@@ -108,6 +108,35 @@ def overview(results: dict[str, Any], kind: str) -> str:
     return markdown(head, rows)
 
 
+def summary(results: dict[str, Any]) -> str:
+    """What README shows: losses, steps and the converged answer of every run, from the drafts of all base models."""
+    head = [
+        "omega",
+        "optimiser steps",
+        "AR loss, held out",
+        "consistency loss",
+        "Jacobi steps",
+        "similarity to the best response",
+    ]
+    rows = []
+    for measured in results["runs"].values():
+        given, loss = measured["sets"]["plain"]["given"], measured["losses"]["plain"]
+        settings = measured.get("settings")
+        how = (
+            [f"{settings['omega']:g}", str(measured["curve"]["step"][-1])] if settings else ["not trained further", ""]
+        )
+        rows.append(
+            [
+                *how,
+                cell(by_prompt(loss, "ar"), 2),
+                cell(by_prompt(loss, "consistency"), 2),
+                cell(by_prompt(given, "steps"), 1),
+                cell(by_prompt(given, "converged_tokens")),
+            ]
+        )
+    return markdown(head, rows).rstrip()
+
+
 def similarities(results: dict[str, Any], kind: str, unit: str) -> str:
     """To the best response, step by step, from the drafts of all base models; the draft itself on top."""
     names = [*(f"after_{steps}" for steps in STEPS), "converged"]
