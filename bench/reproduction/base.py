@@ -1,4 +1,4 @@
-"""Train the small demonstration refiner: a language model that copies a draft answer and corrects it.
+"""Train the base of the refiners here: a language model that copies a draft answer and corrects it.
 
 The model sees chat turns in two forms and is trained on the assistant's answer (with its end of turn) only:
 
@@ -9,7 +9,8 @@ The model sees chat turns in two forms and is trained on the assistant's answer 
 Conditioned examples are mostly short chunks. They are taken from all responses of a prompt, not only the best one:
 copying needs more variety of text than the best responses have. Early training adds lists of random words to
 repeat. Answers grow from a few words to 256 tokens, and later rows join several turns into one conversation. Training
-starts from weights that can copy (see refiner_init.py); a second run with --init goes on from a checkpoint.
+starts from weights that can copy (see induction.py); a second run with --init goes on from a checkpoint, with --plain also
+on whole responses without a draft.
 
 The last HELD_OUT prompts of the data file are never trained on, by the tokenizer neither. With --steps a run is
 deterministic for its seed; with --minutes the schedule follows the clock instead.
