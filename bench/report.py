@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS
+from bench.reproduction.table import summary
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -75,6 +76,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "consistency-loss": ("consistency_loss_cpu", consistency_loss),
     "consistency-loss-sparse": ("consistency_loss_cpu", sparse_loss),
     "consistency-loss-accuracy": ("consistency_loss_cpu", accuracy),
+    "reproduction": ("reproduction", summary),
 }
 """Marker in the README: name of the results, and what makes a table of them."""
 

@@ -148,10 +148,10 @@ class ExampleMaker:
         prompt = row.prompt if len(row.prompt) < 400 and self.rng.random() < 0.5 else self._short_prompt()
         return self.encode(prompt, answer, damage(answer, self.rng, self.words))
 
-    def full_example(self, max_tokens: int, conditioned: bool) -> Example:
-        """A best response from its start, cut after at most ``max_tokens``, with or without its damaged draft."""
+    def full_example(self, max_tokens: int, conditioned: bool, best: bool = True) -> Example:
+        """A best (else: any) response from its start, cut after at most ``max_tokens``, with or without its damaged draft."""
         row = self.rng.choice(self.rows)
-        answer = cut(row.best, max_tokens, self.tokenizer)
+        answer = cut(row.best if best else self.rng.choice((row.best, *row.others)), max_tokens, self.tokenizer)
         if not conditioned:
             return self.encode(row.prompt[:800], answer)
         return self.encode(row.prompt[:800], answer, damage(answer, self.rng, self.words))

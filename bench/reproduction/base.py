@@ -1,4 +1,4 @@
-"""Train the small demonstration refiner: a language model that copies a draft answer and corrects it.
+"""Train the base of the refiners here: a language model that copies a draft answer and corrects it.
 
 The model sees chat turns in two forms and is trained on the assistant's answer (with its end of turn) only:
 
@@ -9,7 +9,8 @@ The model sees chat turns in two forms and is trained on the assistant's answer 
 Conditioned examples are mostly short chunks. They are taken from all responses of a prompt, not only the best one:
 copying needs more variety of text than the best responses have. Early training adds lists of random words to
 repeat. Answers grow from a few words to 256 tokens, and later rows join several turns into one conversation. Training
-starts from weights that can copy (see refiner_init.py); a second run with --init goes on from a checkpoint.
+starts from weights that can copy (see induction.py); a second run with --init goes on from a checkpoint, with --plain also
+on whole responses without a draft.
 
 The last HELD_OUT prompts of the data file are never trained on, by the tokenizer neither. With --steps a run is
 deterministic for its seed; with --minutes the schedule follows the clock instead.
@@ -25,12 +26,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from refiner_data import ASSISTANT, END, PAD, USER, Example, ExampleMaker, Row, load_rows
-from refiner_init import write_induction
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HELD_OUT = 40
+from bench.reproduction.data import HELD_OUT
+from bench.reproduction.examples import ASSISTANT, END, PAD, USER, Example, ExampleMaker, Row, load_rows
+from bench.reproduction.induction import write_induction
+
 POSITIONS = 2048
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -88,9 +90,15 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     return model
 
 
-def draw(maker: ExampleMaker, progress: float) -> Example:
-    """Draw one example of the curriculum at ``progress`` (0 at the start, 1 at the end)."""
-    rng, kind = maker.rng, maker.rng.random()
+def draw(maker: ExampleMaker, progress: float, plain: float) -> Example:
+    """Draw one example of the curriculum at ``progress`` (0 at the start, 1 at the end).
+
+    A share ``plain`` are whole responses without a draft: of all responses, not only the best.
+    """
+    rng = maker.rng
+    if rng.random() < plain:
+        return maker.full_example(max_tokens=256, conditioned=False, best=False)
+    kind = rng.random()
     longest = 30 if progress < 0.05 else 80
     if kind < 0.05 + max(0.0, 0.2 - 2 * progress):
         return maker.copy_example(max_words=longest, few=rng.random() < 0.6)
@@ -169,6 +177,7 @@ def evaluation_sets(maker: ExampleMaker, pad: int) -> dict[str, list[Batch]]:
         "maze": [maker.copy_example(60, few=True) for _ in range(10)],
         "chunk": [maker.chunk_example(40) for _ in range(40)],
         "full": [maker.full_example(200, conditioned=True) for _ in range(6)],
+        "plain": [maker.full_example(128, conditioned=False) for _ in range(10)],
     }
     return {name: list(batches(examples, 4096, pad)) for name, examples in drawn.items()}
 
@@ -207,11 +216,11 @@ class Budget:
         return self.done / self.steps if self.steps else (time.monotonic() - self.start) / self.seconds
 
 
-def stream(maker: ExampleMaker, budget: Budget, tokens: int, pad: int, first: float) -> Iterator[Batch]:
+def stream(maker: ExampleMaker, budget: Budget, tokens: int, pad: int, first: float, plain: float) -> Iterator[Batch]:
     """Draw batches, from short to long answers, until the budget is used up."""
     while True:
         progress = first + (1 - first) * budget.progress()
-        pool = list(batches([draw(maker, progress) for _ in range(400)], tokens, pad))
+        pool = list(batches([draw(maker, progress, plain) for _ in range(400)], tokens, pad))
         maker.rng.shuffle(pool)
         for batch in pool:
             if budget.progress() >= 1.0:
@@ -248,7 +257,7 @@ def train(args: argparse.Namespace) -> None:
     budget = Budget(args.steps, args.minutes)
     logged = saved = budget.start
     seen = 0
-    for batch in stream(maker, budget, args.tokens, pad, first=0.5 if args.init else 0.0):
+    for batch in stream(maker, budget, args.tokens, pad, first=0.5 if args.init else 0.0, plain=args.plain):
         rate = min(1.0, (budget.done + 1) / args.warmup) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * budget.progress()))
         loss = train_step(model, optimizer, batch, rate)
         budget.done, seen = budget.done + 1, seen + batch[0].numel()
@@ -273,6 +282,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--init", type=Path, help="checkpoint of a first stage; goes on without its short, easy start")
     parser.add_argument("--mix", type=float, default=1.0, help="share of the new weights in the result, with --init")
+    parser.add_argument("--plain", type=float, default=0.0, help="share of whole responses without a draft")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="time budget")
     budget.add_argument("--steps", type=int, help="number of optimizer steps (deterministic)")
