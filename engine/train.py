@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from engine.training.trainer import RefinerTrainer
 
 _EPILOG = """\
-resume:      the same command goes on from the last checkpoint, however the run ended; on a CPU to the same bits. Other settings
-             or files are refused, but for micro_batch, device, gradient_checkpointing and what only says how to log and save.
+resume:      the same command goes on from the last checkpoint, however the run ended; on a CPU, with as many threads, to the
+             same bits. Other settings or files are refused, but for micro_batch, device, gradient_checkpointing and what
+             only says how to log and save.
 processes:   torchrun --nproc-per-node N -m engine.train .. shares batch_size among N; the same batches are learned from.
 exit status: 0 done, 1 failed on the way (also when the loss diverges), 2 refused before any work, 130 Ctrl-C, 143 SIGTERM.
 """
