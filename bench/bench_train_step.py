@@ -6,6 +6,7 @@
 - ``one by one``, ``padded``: the strongest loops on plain rows of prompt and response, a forward per trajectory or one of
   all; the target is computed once for both terms, logits only of what counts.
 - ``shared prompt``: train_step's own rows with the loss in plain PyTorch: what the layout does without the operation.
+- ``train_step``: all trajectories at once, rows padded to the longest; ``train_step, one by one``: in micro-batches of one.
 
 The models are random, the responses random tokens of lengths as in a data set, drafts differ from the first tokens on:
 nothing of the cost depends on what the weights or tokens are. All compute the same loss, which is checked first.
@@ -23,9 +24,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bench.measure import interleaved, machine, medians, save
@@ -40,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
               "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False},
 }  # fmt: skip
 PEERS = ("consistency-llm", "one by one", "padded", "shared prompt")
+OURS = ("train_step", "train_step, one by one")
 
 
 def build(name: str, attention: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -63,11 +66,18 @@ def draw(count: int, drafts: int, vocabulary: int, seed: int = 0) -> list[Chosen
     return chosen
 
 
-def our_step(model: PreTrainedModel, batch: TrainBatch, impl: Any) -> float:
-    """Gradients of the batch by train_step; returns the loss."""
-    loss = train_step(model, batch, omega=OMEGA, loss_impl=impl).loss
-    loss.backward()
-    return float(loss.detach())
+def our_step(model: PreTrainedModel, batches: list[TrainBatch], impl: Any) -> float:
+    """Gradients of micro-batches by train_step; returns the loss of them all."""
+    labels = sum(int(batch["label_count"]) for batch in batches)
+    pairs = sum(int(batch["pair_count"]) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        out = train_step(
+            model, batch, omega=OMEGA, loss_impl=impl, ar_denominator=labels, consistency_denominator=max(pairs, 1)
+        )
+        out.loss.backward()
+        total += float(out.loss.detach())
+    return total
 
 
 def calls(
@@ -79,13 +89,17 @@ def calls(
         Trajectory(id=i, prompt_ids=prompt, responses=[*drafts, target])
         for i, (prompt, target, drafts) in enumerate(chosen)
     ]
-    batch = {name: tensor.to(model.device) for name, tensor in collator(given).items()}  # type: ignore[attr-defined]
+    batch, *singles = (
+        cast(TrainBatch, {name: cast(Tensor, tensor).to(model.device) for name, tensor in collator(part).items()})
+        for part in (given, *([one] for one in given))
+    )
     steps: dict[str, Callable[[], float]] = {
         "consistency-llm": functools.partial(consistency_llm, model, chosen),
         "one by one": functools.partial(one_by_one, model, chosen),
         "padded": functools.partial(padded, model, chosen),
-        "shared prompt": functools.partial(shared_prompt, model, batch),  # type: ignore[arg-type]
-        "train_step": functools.partial(our_step, model, batch, impl),  # type: ignore[arg-type]
+        "shared prompt": functools.partial(shared_prompt, model, batch),
+        "train_step, one by one": functools.partial(our_step, model, singles, impl),
+        "train_step": functools.partial(our_step, model, [batch], impl),
     }
 
     def run(step: Callable[[], float]) -> float:
@@ -173,7 +187,7 @@ def measure(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         **asdict(setting),
         "seconds": medians(seconds),
         "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
-        "ratios": {name: quartiles(seconds[name], seconds["train_step"]) for name in PEERS},
+        "ratios": {ours: {name: quartiles(seconds[name], seconds[ours]) for name in PEERS} for ours in OURS},
         "gradients_from_padded": differences,
         "peak_megabytes": {name: peak_megabytes(args, setting, name) for name in steps},
     }
@@ -220,9 +234,9 @@ def main() -> None:
     for setting in settings:
         results["rows"].append(measure(args, setting))
         print(json.dumps(results["rows"][-1]), flush=True)
-    results["machine"]["load_after"] = os.getloadavg()[0]
-    if not args.quick:
-        print(save(args.name, results))
+        results["machine"]["load_after"] = os.getloadavg()[0]
+        if not args.quick:
+            save(args.name, results)  # line by line: an hour of them is not lost with the last
 
 
 if __name__ == "__main__":
