@@ -135,12 +135,12 @@ class Decoder:
         qkv = linear(h, layer.qkv, layer.qkv_bias)
         rope_kv_write(
             qkv, self.rotation, batch.positions, batch.slots, cache.k[index], cache.v[index],
-            head_dim=spec.head_dim, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.eps,
+            head_dim=spec.head_dim, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.eps, layout=cache.layout,
         )  # fmt: skip
         return paged_attention(
             qkv, cache.k[index], cache.v[index], batch.block_table, batch.row_start, batch.first_position,
             heads=spec.heads, scale=spec.attention_scale, softcap=spec.attention_softcap,
-            window=spec.layer_windows[index],
+            window=spec.layer_windows[index], layout=cache.layout,
         )  # fmt: skip
 
     def _extend_rotation(self, positions: int) -> None:
