@@ -76,7 +76,7 @@ else
     limit=200
 fi
 if wanted tests; then
-    stage tests "$limit" "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*gpu_cases.py
+    stage tests "$limit" "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*_gpu_cases.py
 fi
 if wanted sanitizer; then
     if [ "$dry" ] || ! command -v compute-sanitizer >/dev/null; then

@@ -2,8 +2,8 @@
 
     python -m bench.gpu.run [--stages kernels,engine] [--seconds 240] [--dry-run]
 
-Writes <stage>_gpu.json to $OUT or bench/results/; exit status 1 if ours failed anywhere. ``--dry-run``: the same code on tiny shapes on a
-CPU, with TRITON_INTERPRET=1 the Triton kernels too.
+Writes <stage>_gpu.json to $OUT or bench/results/; exit status 1 if anything of ours failed. ``--dry-run``: the same code on
+tiny shapes on a CPU, with TRITON_INTERPRET=1 the Triton kernels too.
 """
 
 import argparse
