@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu.case import Case
-from bench.gpu.timing import Ceilings, Stopwatch, spread
+from bench.gpu.timing import Stopwatch, spread
+from engine.roofline import Roofline
 
 OPERATIONS = (
     "paged_attention",
@@ -21,7 +22,7 @@ OPERATIONS = (
 )
 
 
-def measure(watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float) -> dict[str, list[dict[str, Any]]]:
+def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, list[dict[str, Any]]]:
     """Of every operation its cases; a failure is recorded and stops only itself."""
     found: dict[str, list[dict[str, Any]]] = {}
     for operation in OPERATIONS:
@@ -40,7 +41,7 @@ def measure(watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float
     return found
 
 
-def one(case: Case, watch: Stopwatch, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+def one(case: Case, watch: Stopwatch, ceilings: Roofline, rounds: int) -> dict[str, Any]:
     """Time of every variant that runs, how far it is from the floor, and how far its output is from ours."""
     record: dict[str, Any] = {"shape": case.shape, "bytes": case.bytes, "flops": case.flops, "variants": {}}
     record["floor_seconds"] = floor = ceilings.floor(case.bytes, case.flops)
