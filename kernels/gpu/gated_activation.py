@@ -1,6 +1,5 @@
 """Gated activations of the feed-forward block on a GPU."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
