@@ -7,7 +7,10 @@ from engine.kernels.native import Impl, address, choose, is_native_layout
 from engine.kernels.triton_choice import choose_triton, is_triton_layout
 
 TRITON_MAX_WIDTH = 16384  # a row is held in registers
-TRITON_INPUTS = f"contiguous x [m, d <= {TRITON_MAX_WIDTH}], residual of its dtype and float32 weight [d] on one device, without gradients"
+TRITON_INPUTS = (
+    f"contiguous x [m, d <= {TRITON_MAX_WIDTH}], residual of its dtype and float32 weight [d] on one device, without "
+    "gradients"
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, impl: Impl = "auto") -> Tensor:
