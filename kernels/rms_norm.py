@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     """``h / sqrt(mean(h^2) + eps) * weight`` over the last axis, h = x, or residual + x (written back to ``residual``).
 
     x, residual [m, d]; weight [d] float32 (Gemma stores weight - 1: add it first) -> [m, d] in x's dtype. Below float32, h
-    is rounded to x's dtype, as it is stored, and the result once: transformers' Gemma2RMSNorm to the bit, while its
+    is rounded to x's dtype, as it is stored, and the result once: as transformers' Gemma2RMSNorm has it, while its
     LlamaRMSNorm also rounds before it multiplies by the weight, which makes its error larger.
     """
     shapes_fit = x.dim() == 2 and weight.shape == x.shape[1:] and (residual is None or residual.shape == x.shape)
