@@ -11,7 +11,7 @@ from engine.kernels.triton_choice import choose_triton
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
 
 TRITON_REQUIREMENT = (
-    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 128 to a KV head, '
+    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head, '
     "contiguous int32 indices, all on one device and of shapes that belong together, a positive scale, and no gradient"
 )
 
@@ -145,7 +145,7 @@ def _fits_triton(
         k_cache.shape == v_cache.shape == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim, "nhd")[0]
         and 0 < head_dim <= 256
         and heads % kv_heads == 0
-        and 0 < heads // kv_heads <= 128
+        and 0 < heads // kv_heads <= 64
         and q.shape[1] >= heads * head_dim
         and q.stride(1) == 1
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)

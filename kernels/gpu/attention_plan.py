@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_HEAD_DIM = 256
-MAX_GROUP = 128
 MAX_SPLITS = 128
 MIN_TILES = 2
 """Of keys per program: with fewer, a program ends before a second one could be on its way."""
@@ -21,7 +19,7 @@ class Chip:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """What one program takes at a time: ``lines`` (rows times query heads of a KV head) by ``keys``."""
+    """What one program takes at a time: ``lines`` (rows times the query heads of a KV head) by ``keys``."""
 
     lines: int
     keys: int
@@ -51,9 +49,43 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+_HOPPER = {
+    64: (Tiles(16, 128, 4, 3, 3), Tiles(64, 64, 4, 3, 3), Tiles(128, 64, 8, 3, 1)),
+    128: (Tiles(16, 64, 4, 3, 3), Tiles(64, 64, 4, 3, 2), Tiles(128, 64, 8, 3, 1)),
+    256: (Tiles(16, 32, 4, 4, 2), Tiles(64, 32, 8, 3, 1), Tiles(128, 32, 8, 3, 1)),
+}
+_TILES = {
+    80: {
+        64: (Tiles(16, 128, 4, 3, 2), Tiles(64, 64, 4, 3, 2), Tiles(128, 64, 8, 3, 1)),
+        128: (Tiles(16, 64, 4, 3, 2), Tiles(64, 64, 8, 3, 1), Tiles(128, 64, 8, 3, 1)),
+        256: (Tiles(16, 32, 4, 4, 1), Tiles(64, 32, 8, 3, 1), Tiles(64, 32, 8, 3, 1)),
+    },
+    90: _HOPPER,
+    100: _HOPPER | {256: (_HOPPER[256][0], Tiles(64, 32, 8, 3, 1), Tiles(64, 64, 8, 2, 1))},
+}
+_SMALL_CHIPS = {  # 99 KiB of shared memory
+    64: (Tiles(16, 128, 4, 3, 1), Tiles(64, 64, 4, 3, 2), Tiles(64, 64, 4, 3, 2)),
+    128: (Tiles(16, 64, 4, 3, 1), Tiles(64, 32, 4, 3, 1), Tiles(64, 32, 4, 3, 1)),
+    256: (Tiles(16, 32, 4, 3, 1), Tiles(64, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
+}
+_FLOAT32 = {  # without tensor cores; at 256 columns its registers spill, whatever the tile
+    64: (Tiles(16, 32, 8, 2, 2), Tiles(64, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
+    128: (Tiles(16, 32, 8, 2, 1), Tiles(64, 16, 8, 2, 1), Tiles(64, 16, 8, 2, 1)),
+    256: (Tiles(16, 16, 8, 1, 1), Tiles(64, 16, 8, 1, 1), Tiles(64, 16, 8, 1, 1)),
+}
+
+
 def tiles(capability: int, dtype: torch.dtype, head_dim: int, lines: int) -> Tiles:
-    """For sequences of about ``lines`` lines."""
-    return Tiles(16 if lines <= 16 else 64 if lines <= 64 else 128, 64, 4, 3, 2)
+    """For sequences of about ``lines`` lines: of few, some and many, by columns.
+
+    Chosen from registers, spills and shared memory of the compiled kernels (bench/results/triton_aot), not from a
+    measurement. Few lines wait for memory, so several programs per multiprocessor have two or three tiles of keys on
+    their way each. 64 lines are what wgmma takes, with 128 K and V are read half as often. Where the sums of a tile fill
+    the registers, tiles of keys are short.
+    """
+    family = _TILES.get(100 if capability == 103 else capability, _SMALL_CHIPS)
+    by_columns = _FLOAT32 if dtype is torch.float32 else family
+    return by_columns[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256][(lines > 16) + (lines > 64)]
 
 
 def plan(

@@ -43,13 +43,13 @@ def attended(
     acc: tl.tensor, l: tl.tensor, m: tl.tensor, first: tl.tensor, last: tl.tensor, q: tl.tensor, k_cache: tl.tensor,
     v_cache: tl.tensor, pages: tl.tensor, position: tl.tensor, end: tl.tensor, stride: tl.tensor, window: tl.tensor,
     score_scale: tl.tensor, exponent_scale: tl.tensor, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, SOUND: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, SOUND: tl.constexpr, WIDEN: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Takes the keys of tiles first .. last, KEYS each, into acc [lines, columns], l and m [lines].
 
-    m is the largest score so far, as an exponent of 2. MASKED: keys from ``end`` on are not there, and a line at position p
-    sees those in (p - window, p] only; without it every line sees every key. SOUND, with MASKED: values that are not
-    finite do not reach the lines they are hidden from, as 0 * NaN would; the lines that see them become NaN.
+    m is the largest score so far; scores times ``exponent_scale`` are exponents of 2. A line at position p sees keys in
+    (p - window, p]; those from ``end`` on are not even loaded. SOUND: values that are not finite do not reach lines they
+    are hidden from, as 0 * NaN would, and lines that see them become NaN.
     """
     COLUMNS: tl.constexpr = acc.shape[1]
     DTYPE: tl.constexpr = v_cache.dtype.element_ty
@@ -64,32 +64,25 @@ def attended(
         key = tile * KEYS + offset
         at = (page.to(tl.int64) * PAGE + key % PAGE)[:, None] * stride + column
         page = tl.load(pages + (key + KEYS) // PAGE, mask=key + KEYS < end, other=0)
-        if MASKED:
-            there = (key < end)[:, None] & (column < HEAD_DIM)
-            k = tl.load(k_cache + at, mask=there, other=0.0)
-            v = tl.load(v_cache + at, mask=there, other=0.0)
-        elif COLUMNS != HEAD_DIM:
-            k = tl.load(k_cache + at, mask=column < HEAD_DIM, other=0.0)
-            v = tl.load(v_cache + at, mask=column < HEAD_DIM, other=0.0)
-        else:
-            k = tl.load(k_cache + at)
-            v = tl.load(v_cache + at)
+        there = (key < end)[:, None] & (column < HEAD_DIM)
+        k = tl.load(k_cache + at, mask=there, other=0.0)
+        v = tl.load(v_cache + at, mask=there, other=0.0)
         if WIDEN:
             k = k.to(tl.float32)
         score = tl.dot(q, k.trans(), input_precision="ieee")
         if HAS_CAP:
             score = tanh(score * score_scale, DTYPE == tl.float32)
-        if MASKED:
-            seen = key[None, :] <= position[:, None]
-            if HAS_WINDOW:
-                seen &= key[None, :] > position[:, None] - window
-            score = tl.where(seen, score, float("-inf"))
-        top = tl.maximum(m, tl.max(score, 1) * exponent_scale)
+        seen = key[None, :] <= position[:, None]
+        if HAS_WINDOW:
+            seen &= key[None, :] > position[:, None] - window
+        score = tl.where(seen, score, float("-inf"))
+        top = tl.maximum(m, tl.max(score, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
-        # written as one operation, so that a tile gives the same bits with a mask that hides nothing as without one
-        p = tl.fma(score, exponent_scale, -base[:, None])
-        p = tl.exp2(p)
-        shrink = tl.exp2(m - base)
+        if DTYPE == tl.float32:
+            p = tl.exp2((score - base[:, None]) * exponent_scale)
+        else:
+            p = tl.exp2(tl.fma(score, exponent_scale, -(base * exponent_scale)[:, None]))
+        shrink = tl.exp2((m - base) * exponent_scale)
         l = l * shrink + tl.sum(p, 1)
         m = top
         if SOUND:

@@ -20,7 +20,7 @@ from engine.kernels.gpu.attention_plan import Plan, chip_of, plan
 from engine.kernels.gpu.attention_tiles import attended, no_sums, sequence_of
 
 LOG2_E = 1.4426950408889634
-PARTS_AT_A_TIME = 4
+COMBINED = 8  # lines per program of the second kernel
 
 
 def paged_attention(
@@ -46,14 +46,14 @@ def paged_attention(
         q, q.stride(0), k_cache, v_cache, block_table, block_table.stride(0), row_start, first_position, parts, sums, t,
         sequences, kv_heads, splits, window, scale / (softcap or scale), (softcap or scale) * LOG2_E, GROUP=group,
         HEAD_DIM=head_dim, PAGE=page, HAS_CAP=softcap is not None, HAS_WINDOW=window > 0, SHARED=shared,
-        LINES=tile.lines, KEYS=tile.keys, COLUMNS=columns, PEELED=tile.lines > 16,
+        LINES=tile.lines, KEYS=tile.keys, COLUMNS=columns,
         WIDEN=q.is_cpu,  # Triton's interpreter multiplies the bits of bfloat16 as integers
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if shared:
-        combine_kernel[(t, heads)](
-            parts, sums, out, row_start, t, sequences, splits, HEAD_DIM=head_dim, COLUMNS=columns,
-            MOST=triton.next_power_of_2(splits), PARTS=PARTS_AT_A_TIME, num_warps=1,
+        combine_kernel[(triton.cdiv(t * heads, COMBINED),)](
+            parts, sums, out, row_start, t, sequences, heads, splits, HEAD_DIM=head_dim, COLUMNS=columns,
+            MOST=triton.next_power_of_2(splits), LINES=COMBINED, PARTS=4, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -65,9 +65,9 @@ def attention_kernel(
     t: tl.tensor, sequences: tl.tensor, kv_heads: tl.tensor, splits: tl.tensor, window: tl.tensor,
     score_scale: tl.tensor, exponent_scale: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, SHARED: tl.constexpr, LINES: tl.constexpr, KEYS: tl.constexpr,
-    COLUMNS: tl.constexpr, PEELED: tl.constexpr, WIDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``out`` and ``sums``: of this part of the keys where they are SHARED. PEELED: tiles without a mask apart."""
+    """``out`` and ``sums``: of this part of the keys where they are SHARED."""
     ROWS: tl.constexpr = LINES // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a sequence's last rows have most keys: they start first
     kv_head, split = tl.program_id(1), tl.program_id(2)
@@ -88,12 +88,9 @@ def attention_kernel(
     real = row < count
     to = q_row * heads + q_head
 
-    # tiles of keys: lowest .. highest are looked at, from hidden_to to visible_to every line sees every key
-    lowest, hidden_to = 0, 0
-    highest, visible_to = tl.cdiv(end, KEYS), (position + 1) // KEYS
+    lowest, highest = 0, tl.cdiv(end, KEYS)  # tiles of keys that some line sees
     if HAS_WINDOW:
         lowest = tl.maximum(position + 1 - window, 0) // KEYS
-        hidden_to = tl.cdiv(tl.maximum(end - window, 0), KEYS)
     if SHARED:
         share = tl.cdiv(highest - lowest, splits)
         lowest += split * share
@@ -116,23 +113,9 @@ def attention_kernel(
     k_cache += kv_head * HEAD_DIM
     v_cache += kv_head * HEAD_DIM
     acc, l, m = no_sums(LINES, COLUMNS)
-    low = lowest
-    if PEELED:
-        if HAS_WINDOW:
-            low = tl.minimum(tl.maximum(hidden_to, lowest), highest)
-            acc, l, m = attended(
-                acc, l, m, lowest, low, q, k_cache, v_cache, pages, own, end, stride, window, score_scale,
-                exponent_scale, HEAD_DIM, PAGE, KEYS, HAS_CAP, HAS_WINDOW, True, False, WIDEN,
-            )  # fmt: skip
-        middle = tl.maximum(low, tl.minimum(visible_to, highest))
-        acc, l, m = attended(
-            acc, l, m, low, middle, q, k_cache, v_cache, pages, own, end, stride, window, score_scale, exponent_scale,
-            HEAD_DIM, PAGE, KEYS, HAS_CAP, HAS_WINDOW, False, False, WIDEN,
-        )  # fmt: skip
-        low = middle
     acc, l, m = attended(
-        acc, l, m, low, highest, q, k_cache, v_cache, pages, own, end, stride, window, score_scale, exponent_scale,
-        HEAD_DIM, PAGE, KEYS, HAS_CAP, HAS_WINDOW, True, False, WIDEN,
+        acc, l, m, lowest, highest, q, k_cache, v_cache, pages, own, end, stride, window, score_scale, exponent_scale,
+        HEAD_DIM, PAGE, KEYS, HAS_CAP, HAS_WINDOW, False, WIDEN,
     )  # fmt: skip
     if tl.max(tl.max((acc * 0.0 != 0.0).to(tl.int32), 1), 0) > 0:
         # some value is not finite, perhaps behind a line that it must not reach: again, in tiles so small that this
@@ -141,40 +124,42 @@ def attention_kernel(
         acc, l, m = no_sums(LINES, COLUMNS)
         acc, l, m = attended(
             acc, l, m, lowest * (KEYS // SMALL), highest * (KEYS // SMALL), q, k_cache, v_cache, pages, own, end, stride,
-            window, score_scale, exponent_scale, HEAD_DIM, PAGE, SMALL, HAS_CAP, HAS_WINDOW, True, True, WIDEN,
+            window, score_scale, exponent_scale, HEAD_DIM, PAGE, SMALL, HAS_CAP, HAS_WINDOW, True, WIDEN,
         )  # fmt: skip
     if SHARED:
-        tl.store(largest + to, m, mask=real)
+        tl.store(largest + to, m * exponent_scale, mask=real)
         tl.store(total + to, l, mask=real)
     else:
         acc = acc / l[:, None]
     tl.store(out + (to * HEAD_DIM)[:, None] + column, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["t", "sequences", "splits"])
+@triton.jit(do_not_specialize=["t", "sequences", "heads", "splits"])
 def combine_kernel(
     parts: tl.tensor, sums: tl.tensor, out: tl.tensor, row_start: tl.tensor, t: tl.tensor, sequences: tl.tensor,
-    splits: tl.tensor, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr,
+    heads: tl.tensor, splits: tl.tensor, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr,
+    LINES: tl.constexpr, PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One head of one row from its parts, each relative to its own largest score; empty parts were not written."""
-    row = tl.program_id(0)
-    if row >= tl.load(row_start + sequences):
-        return
-    to = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    apart = tl.cast(t, tl.int64) * tl.num_programs(1)  # from a part to the next one
-    split = tl.arange(0, MOST)
-    m = tl.load(sums + split * apart + to, mask=split < splits, other=float("-inf"))
-    l = tl.load(sums + (splits + split) * apart + to, mask=split < splits, other=0.0)
-    top = tl.max(m, 0)
+    """LINES heads of rows from their parts, each relative to its own largest score; empty parts were not written."""
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    real = line < tl.load(row_start + sequences).to(tl.int64) * heads
+    apart = tl.cast(t, tl.int64) * heads  # from one part of a line to the next
+    at, split = line[:, None], tl.arange(0, MOST)[None, :]
+    there = real[:, None] & (split < splits)
+    m = tl.load(sums + split * apart + at, mask=there, other=float("-inf"))
+    l = tl.load(sums + (splits + split) * apart + at, mask=there, other=0.0)
+    top = tl.max(m, 1)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(l * tl.exp2(m - base), 0)
-    column, part = tl.arange(0, COLUMNS), tl.arange(0, PARTS)
-    acc = tl.zeros((PARTS, COLUMNS), tl.float32)
+    total = tl.sum(l * tl.exp2(m - base[:, None]), 1)
+    column = tl.arange(0, COLUMNS)[None, :]
+    acc = tl.zeros((LINES, COLUMNS), tl.float32)
     for start in range(0, splits, PARTS):
-        split = start + part
-        m = tl.load(sums + split * apart + to, mask=split < splits, other=float("-inf"))
-        written = (m > float("-inf"))[:, None] & (column < HEAD_DIM)[None, :]
-        x = tl.load(parts + ((split * apart + to) * HEAD_DIM)[:, None] + column[None, :], mask=written, other=0.0)
-        acc += x * tl.exp2(m - base)[:, None]
-    result = tl.sum(acc, 0) / total
-    tl.store(out + to * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+        for i in tl.static_range(PARTS):  # several loads under way at a time
+            to = (start + i) * apart + line
+            m = tl.load(sums + to, mask=real & (to < splits * apart), other=float("-inf"))
+            written = (m > float("-inf"))[:, None] & (column < HEAD_DIM)
+            x = tl.load(parts + to[:, None] * HEAD_DIM + column, mask=written, other=0.0)
+            acc += x * tl.exp2(m - base)[:, None]
+    acc = acc / total[:, None]
+    inside = real[:, None] & (column < HEAD_DIM)
+    tl.store(out + at * HEAD_DIM + column, acc.to(out.dtype.element_ty), mask=inside)

@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss
+from tests.kernels.ahead_of_time import consistency_loss, paged_attention
 
-OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss}
+OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss, "paged_attention": paged_attention}
