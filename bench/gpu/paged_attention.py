@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bench.gpu.case import Case
 from engine.kernels import PAGE_SIZE, paged_attention
+from engine.kernels.native import Impl
+from engine.kernels.triton_choice import reason_against_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,13 @@ def case(work: Work, device: torch.device) -> Case:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     q, k, v, table, starts, first = inputs(work, device, dtype)
-    settings = {"heads": work.heads, "scale": work.head_dim**-0.5, "softcap": work.softcap, "window": work.window}
+    impl: Impl = "auto" if reason_against_triton(q) else "triton"
 
     def ours() -> Tensor:
-        return paged_attention(q, k, v, table, starts, first, layout="nhd", **settings)  # type: ignore[arg-type]
+        return paged_attention(
+            q, k, v, table, starts, first, heads=work.heads, scale=work.head_dim**-0.5, softcap=work.softcap,
+            window=work.window, layout="nhd", impl=impl,
+        )  # fmt: skip
 
     variants: dict[str, Callable[[], object]] = {"ours": ours}
     variants["eager"] = functools.partial(dense, work, q, *unpaged(work, k, v, table))

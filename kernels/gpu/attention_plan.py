@@ -61,14 +61,14 @@ _TILES = {
         256: (Tiles(16, 32, 4, 4, 1), Tiles(64, 32, 8, 3, 1), Tiles(64, 32, 8, 3, 1)),
     },
     90: _HOPPER,
-    100: _HOPPER | {256: (_HOPPER[256][0], Tiles(64, 32, 8, 3, 1), Tiles(64, 64, 8, 2, 1))},
+    100: _HOPPER | {256: (Tiles(16, 32, 4, 3, 2), Tiles(64, 32, 8, 3, 1), Tiles(64, 64, 8, 2, 1))},
 }
 _SMALL_CHIPS = {  # 99 KiB of shared memory
     64: (Tiles(16, 128, 4, 3, 1), Tiles(64, 64, 4, 3, 2), Tiles(64, 64, 4, 3, 2)),
     128: (Tiles(16, 64, 4, 3, 1), Tiles(64, 32, 4, 3, 1), Tiles(64, 32, 4, 3, 1)),
     256: (Tiles(16, 32, 4, 3, 1), Tiles(64, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
 }
-_FLOAT32 = {  # without tensor cores; at 256 columns its registers spill, whatever the tile
+_FLOAT32 = {  # without tensor cores, whole rows in registers: at 256 columns, and of more than 16 lines, they spill
     64: (Tiles(16, 32, 8, 2, 2), Tiles(64, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
     128: (Tiles(16, 32, 8, 2, 1), Tiles(64, 16, 8, 2, 1), Tiles(64, 16, 8, 2, 1)),
     256: (Tiles(16, 16, 8, 1, 1), Tiles(64, 16, 8, 1, 1), Tiles(64, 16, 8, 1, 1)),
@@ -94,7 +94,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """For ``t`` rows of ``sequences`` sequences, whose last positions are below ``longest``."""
     typical = -(-t // sequences)  # rows of a sequence, the only guess that shapes allow
-    tile = tiles(chip.capability, dtype, head_dim, max(group, min(128, typical * group)))
+    lines = group if dtype is torch.float32 else typical * group
+    tile = tiles(chip.capability, dtype, head_dim, lines)
     rows = tile.lines // group
     busy = sequences * -(-typical // rows) * kv_heads
     keys = min(longest, window + rows) if window else longest

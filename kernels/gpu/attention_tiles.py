@@ -53,6 +53,7 @@ def attended(
     """
     COLUMNS: tl.constexpr = acc.shape[1]
     DTYPE: tl.constexpr = v_cache.dtype.element_ty
+    PRECISE: tl.constexpr = v_cache.dtype.element_ty == tl.float32
     STAGES: tl.constexpr = 1 if SOUND else None
     column = tl.arange(0, COLUMNS)[None, :]
     offset = tl.arange(0, KEYS)
@@ -71,14 +72,14 @@ def attended(
             k = k.to(tl.float32)
         score = tl.dot(q, k.trans(), input_precision="ieee")
         if HAS_CAP:
-            score = tanh(score * score_scale, DTYPE == tl.float32)
+            score = tanh(score * score_scale, PRECISE)
         seen = key[None, :] <= position[:, None]
         if HAS_WINDOW:
             seen &= key[None, :] > position[:, None] - window
         score = tl.where(seen, score, float("-inf"))
         top = tl.maximum(m, tl.max(score, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
-        if DTYPE == tl.float32:
+        if PRECISE:
             p = tl.exp2((score - base[:, None]) * exponent_scale)
         else:
             p = tl.exp2(tl.fma(score, exponent_scale, -(base * exponent_scale)[:, None]))

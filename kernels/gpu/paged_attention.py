@@ -146,11 +146,11 @@ def combine_kernel(
     apart = tl.cast(t, tl.int64) * heads  # from one part of a line to the next
     at, split = line[:, None], tl.arange(0, MOST)[None, :]
     there = real[:, None] & (split < splits)
-    m = tl.load(sums + split * apart + at, mask=there, other=float("-inf"))
-    l = tl.load(sums + (splits + split) * apart + at, mask=there, other=0.0)
-    top = tl.max(m, 1)
+    every_m = tl.load(sums + split * apart + at, mask=there, other=float("-inf"))
+    every_l = tl.load(sums + (splits + split) * apart + at, mask=there, other=0.0)
+    top = tl.max(every_m, 1)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(l * tl.exp2(m - base[:, None]), 1)
+    total = tl.sum(every_l * tl.exp2(every_m - base[:, None]), 1)
     column = tl.arange(0, COLUMNS)[None, :]
     acc = tl.zeros((LINES, COLUMNS), tl.float32)
     for start in range(0, splits, PARTS):

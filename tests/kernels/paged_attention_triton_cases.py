@@ -238,7 +238,9 @@ def parts(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @settings(max_examples=8)
-@given(chosen=st.lists(parts(), min_size=1, max_size=3, unique_by=lambda part: part[0]), window=st.sampled_from([0, 33]))
+@given(
+    chosen=st.lists(parts(), min_size=1, max_size=3, unique_by=lambda part: part[0]), window=st.sampled_from([0, 33])
+)
 def test_rows_keep_their_bits_in_any_window_of_any_batch(chosen: list[tuple[int, int, int]], window: int) -> None:
     """Where keys are not divided: alone, in a part of its window, beside other sequences."""
     case = case_of(SPANS, 1, 2, 24, HALF)

@@ -60,7 +60,7 @@ def launches_on(chip: int, s: Shape) -> list[Launch]:
     cache = meta(4096, 32, s.kv_heads, s.head_dim, dtype=s.dtype)
     table = meta(s.sequences, MAX_PAGES, dtype=torch.int32)
     starts, first = meta(s.sequences + 1, dtype=torch.int32), meta(s.sequences, dtype=torch.int32)
-    here = mock.patch.object(paged_attention, "chip_of", lambda device: Chip(chip, MULTIPROCESSORS[chip]))
+    here = mock.patch.object(paged_attention, "chip_of", return_value=Chip(chip, MULTIPROCESSORS[chip]))
     with here, recording(paged_attention) as found:
         paged_attention.paged_attention(
             q, cache, cache, table, starts, first, s.heads, s.head_dim**-0.5, s.softcap, s.window,
