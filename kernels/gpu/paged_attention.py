@@ -7,8 +7,8 @@ kernel combines their sums.
 Nothing that the tensors hold decides on the host: programs are launched for the most tiles that so many rows could make,
 and those without work end at once. So launches can be captured in a CUDA graph and replayed with other sequences.
 
-What a row's result depends on, to the bit: its own sequence, and the shapes. Where keys are not divided, not even on the
-other rows of its window.
+What a row's bits depend on: its own sequence, and the shapes. Where keys are not divided, not even on the other rows of
+its window, as long as all values are finite.
 """
 
 import torch
@@ -117,7 +117,7 @@ def attention_kernel(
         acc, l, m, lowest, highest, q, k_cache, v_cache, pages, own, end, stride, window, score_scale, exponent_scale,
         HEAD_DIM, PAGE, KEYS, HAS_CAP, HAS_WINDOW, False, WIDEN,
     )  # fmt: skip
-    if tl.max(tl.max((acc * 0.0 != 0.0).to(tl.int32), 1), 0) > 0:
+    if tl.max((acc * 0.0 != 0.0).to(tl.int32)) > 0:
         # some value is not finite, perhaps behind a line that it must not reach: again, in tiles so small that this
         # takes no more registers than the above
         SMALL: tl.constexpr = 16
