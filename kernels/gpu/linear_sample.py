@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.consistency_loss.triton_math import capped, finite
-from engine.kernels.gpu.logits_tile import EMPTY, lowest, part_of, product_tile, rows_in_use, tiles
+from engine.kernels.gpu.logits_tile import EMPTY, lowest, part_of, product_tile, rows_in_use, tiles, wins
 from engine.kernels.gumbel_noise import BITS, GOLDEN, MIX
 
 BLOCK = 1024  # tiles looked at together by the second kernel
@@ -32,7 +32,8 @@ def linear_sample(
     log_p = torch.empty(rows, dtype=torch.float32, device=device) if log_probability else None
     if rows == 0:
         return index, log_p
-    t = tiles(rows, hidden.dtype)
+    # two programs per multiprocessor: one makes noise, about a third of the product's time, while the other multiplies
+    t = tiles(min(rows, 128), d, hidden.dtype)
     column_tiles = triton.cdiv(v, t.columns)
     best = torch.empty(FIELDS if log_probability else 1, rows, column_tiles, dtype=torch.float32, device=device)
     best_index = torch.empty(rows, column_tiles, dtype=torch.int32, device=device)
@@ -40,7 +41,6 @@ def linear_sample(
     project_sample_kernel[t.grid(rows, v)](
         hidden, weight, bias, temperature, seeds, positions, row_count, best, best_index, rows, v, d, column_tiles,
         softcap or 1.0, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, **flags, **t.options(hidden),
-        PARTS=t.parts,
     )  # fmt: skip
     reduce_sample_kernel[(rows,)](
         best, best_index, row_count, index, log_p, rows, column_tiles, **flags, BLOCK=BLOCK, num_warps=4
@@ -111,9 +111,9 @@ def project_sample_kernel(
         s, _ = capped(s, cap, HAS_CAP)
         s = tl.where((at < v)[None, :], s, float("nan"))  # what is no number wins nowhere and adds nothing
         score = s + t[:, None] * noise(key[:, None], at[None, :])
-        highest = tl.maximum(tl.max(score, 1), float("-inf"))
+        highest = tl.max(score, 1)
         which = lowest(score == highest[:, None], at[None, :])
-        better = (highest > top) | ((highest == top) & (which < index))
+        better = wins(top, index, highest, which)
         top, index = tl.where(better, highest, top), tl.where(better, which, index)
         if LOG_P:
             own = tl.max(tl.where(at[None, :] == which[:, None], s, float("-inf")), 1)
@@ -150,7 +150,7 @@ def reduce_sample_kernel(
         inside = start + tl.arange(0, BLOCK) < tiles_of_row
         score = tl.load(best + at, mask=inside, other=float("-inf"))
         which = tl.load(best_index + at, mask=inside, other=EMPTY)
-        better = (score > top) | ((score == top) & (which < where))
+        better = wins(top, where, score, which)
         top, where = tl.where(better, score, top), tl.where(better, which, where)
         if LOG_P:
             logit = tl.where(better, tl.load(best + field + at, mask=inside, other=0.0), logit)

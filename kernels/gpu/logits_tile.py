@@ -34,31 +34,33 @@ class Tiles:
         """Keyword arguments of a kernel's launch."""
         return {
             "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "EVEN": hidden.shape[1] % self.depth == 0,
-            "WEIGHT_FIRST": self.weight_first,
+            "WEIGHT_FIRST": self.weight_first, "PARTS": self.parts,
             "WIDEN": hidden.is_cpu,  # Triton's interpreter multiplies the bits of bfloat16 as integers
             "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 
 FEW_ROWS = {
-    # streams the weight: two programs of 80 KiB fit into a multiprocessor (one on sm_80), with 100 KiB on their way
+    # streams the weight: two programs of 64 to 100 KiB fit into a multiprocessor, most of that on its way from memory
     16: Tiles(16, 64, 128, 4, 5, True, 1),
     32: Tiles(32, 64, 128, 4, 4, True, 1),
     64: Tiles(64, 64, 128, 4, 3, True, 1),
     # two programs of 96 KiB per multiprocessor: one multiplies while the other fills its pipeline or looks for its maxima
-    128: Tiles(128, 128, 64, 4, 3, False, 8),
+    128: Tiles(128, 128, 64, 8, 3, False, 8),
 }
 MANY_ROWS = Tiles(128, 256, 64, 8, 3, False, 8)
 """85 multiply-adds per byte from the L2 cache, a third more than a square tile of 128; 144 KiB fit the three chips."""
-FLOAT32_FEW_ROWS = Tiles(16, 64, 32, 4, 3, True, 1)
-FLOAT32_MANY_ROWS = Tiles(64, 64, 32, 4, 2, False, 4)
-"""Without tensor cores, where larger tiles would not fit the registers."""
+SMALL_FEW_ROWS = Tiles(16, 64, 32, 4, 2, True, 1)
+SMALL_MANY_ROWS = Tiles(64, 64, 32, 4, 2, False, 4)
+"""For float32, whose products run without tensor cores, and for rows that are not aligned to 16 elements, so that every
+element is loaded on its own: the addresses and sums of larger tiles would not fit the registers."""
 
 
-def tiles(rows: int, dtype: torch.dtype) -> Tiles:
-    """Chosen by arithmetic and by the registers and shared memory of the compiled kernels; not by measurement."""
-    if dtype == torch.float32:
-        return FLOAT32_FEW_ROWS if rows <= FLOAT32_FEW_ROWS.rows else FLOAT32_MANY_ROWS
+def tiles(rows: int, d: int, dtype: torch.dtype) -> Tiles:
+    """The same for sm_80, sm_90 and sm_100: chosen by arithmetic and by the registers and shared memory of the compiled
+    kernels; not by measurement."""
+    if dtype == torch.float32 or d % 16:
+        return SMALL_FEW_ROWS if rows <= SMALL_FEW_ROWS.rows else SMALL_MANY_ROWS
     return next((tile for most, tile in FEW_ROWS.items() if rows <= most), MANY_ROWS)
 
 
@@ -111,3 +113,9 @@ def rows_in_use(row_count: tl.tensor, rows: tl.tensor, HAS_COUNT: tl.constexpr) 
 def lowest(found: tl.tensor, index: tl.tensor) -> tl.tensor:
     """Of every row the lowest index [1, COLUMNS] where ``found``."""
     return tl.min(tl.where(found, index, EMPTY), 1)
+
+
+@triton.jit
+def wins(top: tl.tensor, index: tl.tensor, other: tl.tensor, other_index: tl.tensor) -> tl.tensor:
+    """Where the other value takes the place of the largest so far."""
+    return (other > top) | ((other == top) & (other_index < index))

@@ -2,6 +2,10 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss
+from tests.kernels.ahead_of_time import consistency_loss, linear_argmax, linear_sample
 
-OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss}
+OPERATIONS: dict[str, ModuleType] = {
+    "consistency_loss": consistency_loss,
+    "linear_argmax": linear_argmax,
+    "linear_sample": linear_sample,
+}
