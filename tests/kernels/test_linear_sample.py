@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,7 +69,8 @@ def test_rows_are_drawn_alike_in_any_batch(instruction_set: str, monkeypatch: py
         assert part[1] is not None
         assert whole[1] is not None
         assert torch.equal(part[1], whole[1][rows])
-    monkeypatch.setattr("engine.kernels.linear_sample.MAX_LOGITS_BYTES", 8 * 301 * 5)
+    module = sys.modules[linear_sample.__module__]  # as an attribute of the package it is the function
+    monkeypatch.setattr(module, "MAX_LOGITS_BYTES", 8 * 301 * 5)
     assert torch.equal(draw(list(range(ROWS)))[0], whole[0])
 
 
