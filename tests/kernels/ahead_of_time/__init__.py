@@ -2,10 +2,20 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss, linear_argmax, linear_sample
+from tests.kernels.ahead_of_time import (
+    consistency_loss,
+    gated_activation,
+    linear_argmax,
+    linear_sample,
+    rms_norm,
+    rope_kv_write,
+)
 
 OPERATIONS: dict[str, ModuleType] = {
     "consistency_loss": consistency_loss,
+    "gated_activation": gated_activation,
     "linear_argmax": linear_argmax,
     "linear_sample": linear_sample,
+    "rms_norm": rms_norm,
+    "rope_kv_write": rope_kv_write,
 }
