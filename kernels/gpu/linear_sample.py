@@ -118,7 +118,7 @@ def project_sample_kernel(
         if LOG_P:
             own = tl.max(tl.where(at[None, :] == which[:, None], s, float("-inf")), 1)
             logit = tl.where(better, own, logit)
-            before, largest = largest, tl.maximum(largest, tl.max(s, 1))
+            before, largest = largest, tl.maximum(largest, tl.max(tl.where(s == s, s, float("-inf")), 1))
             base = finite(largest)
             e = tl.exp(s - base[:, None])
             total = total * tl.exp(before - base) + tl.sum(tl.where(s == s, e, 0.0), 1)
