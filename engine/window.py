@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.jacobi_state import DECAY, MOST_GUESSES
+
 KNEE_ROWS = {"cpu": 11, "cuda": 200}
 """Rows at which a step's arithmetic takes as long as reading the weights once: below it rows are nearly free. CPU: float32
 FLOP/s over bandwidth of two server cores, see bench/bench_kernels.py; CUDA: from an H200's data sheet, not measured."""
-MOST_GUESSES = 255
-DECAY = 0.9
-"""How fast old observations fade: about the last ten count."""
 
 
 def knee_rows(device: torch.device) -> int:
