@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import Feed, StepBatch
-from engine.errors import EngineError, OutOfMemory
 from engine.device_loop import DeviceLoop
+from engine.errors import EngineError, OutOfMemory
 from engine.jacobi import JacobiSequence
 from engine.kernels import linear_argmax
 from engine.kv_cache import KVCache, pages_for

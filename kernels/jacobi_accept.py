@@ -5,6 +5,7 @@ from torch import Tensor
 
 from engine.kernels.jacobi_state import (
     DECAY,
+    LENGTH_UNIT,
     LONGEST_MATCH,
     MOST_GUESSES,
     NEARBY,
@@ -15,9 +16,6 @@ from engine.kernels.jacobi_state import (
 )
 from engine.kernels.native import Impl
 from engine.kernels.triton_choice import choose_triton
-
-_LENGTH_UNIT = 1 << 17
-"""A match's length counts before its place: more than twice any distance between two places."""
 
 
 def jacobi_accept(
@@ -34,7 +32,9 @@ def jacobi_accept(
     """
     slots = state.fields.shape[0]
     supported = row_start.shape == (slots + 1,) and predictions.dim() == 1 and eos.numel() > 0
-    if choose_triton(impl, state.text, supported, "predictions [t], row_start [slots + 1] and at least one EOS id or -1"):
+    if choose_triton(
+        impl, state.text, supported, "predictions [t], row_start [slots + 1] and at least one EOS id or -1"
+    ):
         from engine.kernels.gpu.jacobi_accept import accept
 
         accept(state, predictions, row_start, eos)
@@ -131,7 +131,7 @@ def _realign(state: JacobiState, wanted: Tensor, last: Tensor) -> None:
     tail = last + 1 - known
     given_up = state.text.gather(1, (at + known[:, None]).clamp_max(places - 1))
     kept = wanted & (tail > 1)
-    state.iterate.copy_(torch.where(kept[:, None], given_up, state.iterate))
+    state.iterate.copy_(torch.where(kept[:, None] & (at < tail[:, None]), given_up, state.iterate))
     _set(state, Field.ITERATE, kept, tail)
     _set(state, Field.IN_RUN, wanted, torch.zeros_like(known))
     state.text.copy_(text)
@@ -152,13 +152,13 @@ def _best_match(source: Tensor, length: Tensor, answer: Tensor, count: Tensor, e
         run = run & (place > i) & (count[:, None] > i) & (source.roll(i + 1, 1) == context)
         matched = matched + run
     if expected is None:
-        score = torch.where(matched >= 2, matched * _LENGTH_UNIT + place, 0)
+        score = torch.where(matched >= 2, matched * LENGTH_UNIT + place, 0)
     else:
         away = place - expected[:, None]
         # at equal distance two tokens match rather before the place expected, one rather behind it
         second = torch.where(matched >= 2, away > 0, away < 0)
         near = (matched >= 2) | ((matched == 1) & (away.abs() <= NEARBY))
-        score = torch.where(near, matched * _LENGTH_UNIT - 2 * away.abs() - second.int(), 0)
+        score = torch.where(near, matched * LENGTH_UNIT - 2 * away.abs() - second.int(), 0)
     best = score.amax(1)
     return torch.where((score == best[:, None]) & (score > 0), place, 0).amax(1).int()
 

@@ -85,7 +85,9 @@ LONGEST_MATCH = 8
 NEARBY = 6
 """How far from where it is expected a single token may match: a longer distance needs two tokens in a row."""
 LONGEST_TEXT = 1 << 14
-"""Most places: scores of matches are packed into 32 bits."""
+"""Most places."""
+LENGTH_UNIT = 1 << 17
+"""A match's length in its score, which is 32 bits: more than twice any distance between two places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,20 @@ class JacobiState:
     def allocate(cls, slots: int, places: int, pages: int, device: torch.device) -> "JacobiState":
         """Empty slots, for texts of up to ``places`` places in up to ``pages`` pages."""
         if places > LONGEST_TEXT:
-            raise ValueError(f"a slot holds at most {LONGEST_TEXT} places, got {places}: leave longer texts to the host")
+            raise ValueError(
+                f"a slot holds at most {LONGEST_TEXT} places, got {places}: leave longer texts to the host"
+            )
 
         def zeros(columns: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(slots, columns, dtype=dtype, device=device)
 
         return cls(
-            zeros(len(Field)), zeros(len(Rate), torch.float32), zeros(places), zeros(places), zeros(places), zeros(pages)
+            zeros(len(Field)),
+            zeros(len(Rate), torch.float32),
+            zeros(places),
+            zeros(places),
+            zeros(places),
+            zeros(pages),
         )
 
     def __getitem__(self, field: Field) -> Tensor:

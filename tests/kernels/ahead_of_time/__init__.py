@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss
+from tests.kernels.ahead_of_time import consistency_loss, jacobi
 
-OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss}
+OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss, "jacobi": jacobi}
