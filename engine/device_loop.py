@@ -189,7 +189,8 @@ class DeviceLoop:
 
     def fail(self, error: EngineError) -> None:
         """Ends all sequences with an error."""
-        for sequence in (*self._queue, *(one.sequence for one in (*self._active(), *self._leaving))):
+        inside = [occupant.sequence for occupant in self._active()] + [leaving.sequence for leaving in self._leaving]
+        for sequence in (*self._queue, *inside):
             sequence.fail(error)
         self._queue.clear()
         self._occupants = [None] * len(self._occupants)

@@ -149,11 +149,12 @@ class PackedRows:
 
     @classmethod
     def allocate(cls, rows: int, slots: int, device: torch.device) -> "PackedRows":
-        row = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)]
-        start = torch.zeros(slots + 1, dtype=torch.int32, device=device)
-        return cls(*row, start, torch.zeros(slots, dtype=torch.int32, device=device))
+        token_ids, positions, kv_slots = torch.zeros(3, rows, dtype=torch.int64, device=device).unbind(0)
+        row_start, first_position = (torch.zeros(n, dtype=torch.int32, device=device) for n in (slots + 1, slots))
+        return cls(token_ids, positions, kv_slots, row_start, first_position)
 
     def first(self, rows: int) -> "PackedRows":
         """Views of the first ``rows`` rows."""
-        row = [tensor[:rows] for tensor in (self.token_ids, self.positions, self.slots)]
-        return PackedRows(*row, self.row_start, self.first_position)
+        return PackedRows(
+            self.token_ids[:rows], self.positions[:rows], self.slots[:rows], self.row_start, self.first_position
+        )
