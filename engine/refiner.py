@@ -64,7 +64,7 @@ class Refiner:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         cache = model.new_cache(pages_for(kv_cache_tokens))
         self._codec = TextCodec(tokenizer, vocabulary)
-        self._knee = knee_rows(model.device)
+        self._knee = knee_rows(model.device, model.head.weight.data.dtype)
         loop = choose_loop(model, cache, vocabulary, self._knee, max_batch_tokens, max_batch_size)
         self._scheduler: Scheduler | None = Scheduler(model, cache, max_batch_tokens, max_batch_size, loop)
         self._lock = threading.Lock()

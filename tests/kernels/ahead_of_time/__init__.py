@@ -2,6 +2,12 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss, jacobi
+from tests.kernels.ahead_of_time import consistency_loss, gated_activation, jacobi, rms_norm, rope_kv_write
 
-OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss, "jacobi": jacobi}
+OPERATIONS: dict[str, ModuleType] = {
+    "consistency_loss": consistency_loss,
+    "gated_activation": gated_activation,
+    "jacobi": jacobi,
+    "rms_norm": rms_norm,
+    "rope_kv_write": rope_kv_write,
+}
