@@ -70,6 +70,8 @@ def _max_positions(config: PreTrainedConfig) -> int:
 class HFModel:
     """A transformers causal LM behind the engine's ``CausalModel`` protocol."""
 
+    takes_padding = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.backbone = model.get_decoder()
@@ -117,7 +119,7 @@ class HFModel:
             refine_context=(batch, cache),
         )  # fmt: skip
         hidden: Tensor = out.last_hidden_state
-        return hidden[0, batch.logit_rows]
+        return hidden[0] if batch.logit_rows is None else hidden[0, batch.logit_rows]
 
     @torch.inference_mode()
     def _verify(self) -> None:

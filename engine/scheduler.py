@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Feed, StepBatch
+from engine.device_loop import DeviceLoop
 from engine.errors import EngineError, OutOfMemory
 from engine.jacobi import JacobiSequence
 from engine.kernels import linear_argmax, linear_sample
@@ -15,20 +16,32 @@ from engine.sampling import sample
 
 
 class Scheduler:
-    """Runs sequences to their end on one model and one KV cache. Not thread-safe: one caller at a time."""
+    """Runs sequences to their end on one model and one KV cache. Not thread-safe: one caller at a time.
 
-    def __init__(self, model: CausalModel, cache: KVCache, max_batch_tokens: int, max_batch_size: int) -> None:
+    With a ``loop`` it computes the prompts of those that the loop takes, and leaves the rest of their way to it.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        cache: KVCache,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        loop: DeviceLoop | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_size = max_batch_size
+        self.loop = loop
         self.waiting: deque[JacobiSequence] = deque()
         self.running: deque[JacobiSequence] = deque()
+        self.looping: list[JacobiSequence] = []
 
     @property
     def load(self) -> int:
-        """Sequences waiting or running."""
-        return len(self.waiting) + len(self.running)
+        """Sequences waiting or running, here or in the loop."""
+        return len(self.waiting) + len(self.running) + len(self.looping)
 
     def add(self, sequence: JacobiSequence) -> None:
         """Queues a sequence; it must fit the pool when that is empty."""
@@ -37,31 +50,43 @@ class Scheduler:
 
     def cancel(self, sequence: JacobiSequence) -> None:
         """Drops a sequence, wherever it is; its pages are free at once."""
-        for queue in (self.waiting, self.running):
+        for queue in (self.waiting, self.running, self.looping):
             if sequence in queue:
                 queue.remove(sequence)
+        if self.loop:
+            self.loop.drop(sequence)
         self._release(sequence)
 
     def step(self) -> list[JacobiSequence]:
-        """One forward pass over what fits; returns the sequences that ended, in their order of arrival."""
+        """One forward pass over what fits, one step of the loop; returns what ended, in their order of arrival."""
         self._admit()
         feeds = self._plan()
         if feeds:
             self._advance(feeds)
-        done = [s for s in self.running if s.finish_reason]
-        for sequence in done:
-            self.running.remove(sequence)
-            self._release(sequence)
+        if self.loop:
+            self._step_loop(self.loop)
+        done: list[JacobiSequence] = []
+        for queue in (self.looping, self.running):
+            ended = [s for s in queue if s.finish_reason]
+            for sequence in ended:
+                queue.remove(sequence)
+                self._release(sequence)
+            done += ended
         # whoever did not fit into this pass is first in the next
         self.running.rotate(-sum(not sequence.finish_reason for sequence, _ in feeds))
         return done
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a page is lost or has two owners."""
-        self.cache.pool.check_integrity([s.pages for s in (*self.running, *self.waiting)])
+        self.cache.pool.check_integrity([s.pages for s in (*self.looping, *self.running, *self.waiting)])
+
+    def close(self) -> None:
+        """Frees what the loop keeps beside the cache."""
+        if self.loop:
+            self.loop.close()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch_size:
+        while self.waiting and len(self.running) + len(self.looping) < self.max_batch_size:
             # the whole answer's pages are reserved on entry: a running sequence never has to be put back
             pages = self.cache.pool.allocate(pages_for(self.waiting[0].longest))
             if pages is None:
@@ -81,12 +106,28 @@ class Scheduler:
         for i, sequence in enumerate(active):
             # one row is kept for each of the others, so that everyone moves as long as there are rows at all
             rows = budget - min(len(active) - i - 1, budget - 1)
-            feed = sequence.plan(rows, len(active))
+            feed = sequence.plan_prefill(rows) if self._loops(sequence) else sequence.plan(rows, len(active))
+            if feed is None:
+                continue
             feeds.append((sequence, feed))
             budget -= len(feed.tokens)
             if budget <= 0:
                 break
         return feeds
+
+    def _loops(self, sequence: JacobiSequence) -> bool:
+        return self.loop is not None and self.loop.takes(sequence)
+
+    def _step_loop(self, loop: DeviceLoop) -> None:
+        ready = [s for s in self.running if loop.takes(s) and not s.finish_reason and s.plan_prefill(1) is None]
+        for sequence in ready:
+            self.running.remove(sequence)
+            self.looping.append(sequence)
+            loop.add(sequence)
+        try:
+            loop.step()
+        except (RuntimeError, MemoryError) as error:
+            loop.fail(_typed(error))
 
     def _advance(self, feeds: list[tuple[JacobiSequence, Feed]]) -> None:
         try:
@@ -106,6 +147,8 @@ class Scheduler:
     @torch.inference_mode()
     def _predict(self, batch: StepBatch, feeds: list[tuple[JacobiSequence, Feed]]) -> list[int]:
         hidden = self.model.forward(batch, self.cache)
+        if hidden.shape[0] == 0:
+            return []
         head = self.model.head
         if all(s.options.temperature == 0 for s, _ in feeds):
             return _ids(linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap)[0])

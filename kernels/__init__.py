@@ -21,6 +21,9 @@ if __name__ == "kernels":
 else:
     from engine.kernels.consistency_loss import ConsistencyLoss, ConsistencyLossOutput, LossStats, consistency_loss
     from engine.kernels.gated_activation import gated_activation
+    from engine.kernels.jacobi_accept import jacobi_accept
+    from engine.kernels.jacobi_pack import jacobi_pack
+    from engine.kernels.jacobi_state import Field, JacobiState, PackedRows, Phase, Rate
     from engine.kernels.linear import LinearWeight, embedding, linear
     from engine.kernels.linear_argmax import linear_argmax
     from engine.kernels.linear_sample import linear_sample
@@ -33,12 +36,19 @@ else:
         "PAGE_SIZE",
         "ConsistencyLoss",
         "ConsistencyLossOutput",
+        "Field",
+        "JacobiState",
         "KVLayout",
         "LinearWeight",
         "LossStats",
+        "PackedRows",
+        "Phase",
+        "Rate",
         "consistency_loss",
         "embedding",
         "gated_activation",
+        "jacobi_accept",
+        "jacobi_pack",
         "kv_cache_shapes",
         "kv_write",
         "linear",
