@@ -16,7 +16,7 @@ def full_reforward_jacobi(
     steps = 0
     while True:
         steps += 1
-        logits = model(input_ids=torch.tensor([prompt + y]), use_cache=False).logits
+        logits = model(input_ids=torch.tensor([prompt + y], device=model.device), use_cache=False).logits
         new = logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
         if new == y:
             break
@@ -31,13 +31,13 @@ def greedy_generate(
 ) -> list[list[int]]:
     """transformers' greedy generate on left-padded prompts; the answers up to and including their EOS."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, **options
     )
     eos = model.generation_config.eos_token_id
-    eos_ids = set(eos if isinstance(eos, list) else [eos])
+    eos_ids = set(eos if isinstance(eos, list) else [eos])  # {None}: it has no EOS
     answers = []
     for row in out[:, longest:].tolist():
         end = next((i for i, token in enumerate(row) if token in eos_ids), len(row) - 1)

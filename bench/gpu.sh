@@ -1,29 +1,45 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU and no network: tests of the Triton plans on it, then the benchmark.
+# One command that certifies a machine with a GPU and no network: tests of every Triton kernel and of the engine on it, then timings.
 #
-#   bench/gpu.sh                      results and logs in bench/results/, or in $OUT
-#   PEER_WHEELS=folder bench/gpu.sh   with the wheels of liger-kernel and cut-cross-entropy found there
-#   bench/gpu.sh --states FILE        also on hidden states of a trained model (bench_consistency_loss_gpu.py says which)
+#   bench/gpu.sh                      results and logs in bench/results/, or in $OUT; under 9 minutes
+#   bench/gpu.sh --stages tests,loss  of: tests, sanitizer, kernels, engine, loss; all by default
+#   bench/gpu.sh --states FILE        the loss also on hidden states of a trained model (bench_consistency_loss_gpu.py says which)
 #   bench/gpu.sh --dry-run            the same paths on a CPU: Triton's interpreter, tiny shapes
+#   PEER_WHEELS=folder bench/gpu.sh   with the wheels of liger-kernel, cut-cross-entropy and others found there
 #
-# Needs python3 (or $PYTHON) with torch, triton, transformers, pytest, pytest-xdist and hypothesis; installs nothing and builds nothing.
+# Needs python3 (or $PYTHON) with torch, triton, transformers, pytest, pytest-xdist and hypothesis; installs nothing and builds
+# nothing. A stage that fails does not stop the others; the exit status is 1 if one did.
 set -u -o pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export OUT=${OUT:-$root/bench/results}
 python=${PYTHON:-python3}
+stages=tests,sanitizer,kernels,engine,loss
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-options=() dry=
+loss_options=() dry=
 while [ $# -gt 0 ]; do
     case $1 in
     --states) # another folder is the current one below
-        options+=(--states "$(realpath "${2:?--states needs a file}")")
+        loss_options+=(--states "$(realpath "${2:?--states needs a file}")")
         shift
         ;;
-    --dry-run) dry=1 options+=("$1") ;;
-    *) options+=("$1") ;;
+    --stages)
+        stages=${2:?--stages needs a list}
+        shift
+        ;;
+    --dry-run) dry=--dry-run ;;
+    *)
+        echo "unknown option $1" >&2
+        exit 2
+        ;;
     esac
     shift
+done
+for stage in ${stages//,/ }; do
+    [[ ,tests,sanitizer,kernels,engine,loss, == *,"$stage",* ]] || {
+        echo "unknown stage $stage" >&2
+        exit 2
+    }
 done
 mkdir -p "$OUT" "$work/engine"
 # laid out as installed: kernels/ is engine.kernels
@@ -31,24 +47,53 @@ cp -r "$root/engine/." "$work/engine/"
 cp -r "$root/kernels" "$work/engine/kernels"
 cp -r "$root/tests" "$root/bench" "$root/pyproject.toml" "$work/"
 cd "$work" || exit 1
-export PYTHONPATH=$work PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$work PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 DIFFPO_CPU_KERNELS=torch
 
 if compgen -G "${PEER_WHEELS:-/nonexistent}/*.whl" >/dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/peers" "$PEER_WHEELS"/*.whl &&
         export PYTHONPATH=$work:$work/peers
 fi
 
-status=0
+failed=()
+stage() { # name, seconds, command ..: its output is kept as <name>_gpu.log
+    local name=$1 seconds=$2 started=$SECONDS
+    shift 2
+    timeout "$seconds" "$@" 2>&1 | tee "$OUT/${name}_gpu.log" || failed+=("$name")
+    echo "-- $name: $((SECONDS - started)) s"
+}
+wanted() { [[ ,$stages, == *,"$1",* ]]; }
+
+pytest=("$python" -m pytest -p no:cacheprovider -W ignore)
 if [ "$dry" ]; then
     export TRITON_INTERPRET=1
-    timeout 200 "$python" -m pytest -p no:cacheprovider -W ignore -x tests/kernels/consistency_loss_triton_cases.py \
-        -k "several_drafts" 2>&1 | tee "$OUT/consistency_loss_gpu_tests.log" || status=1
+    # some of each file: all of them are part of `make test`
+    cases=(-n "${JOBS:-2}" --few 6)
+    limit=300
 else
     unset TRITON_INTERPRET
     # Triton compiles hundreds of variants: that is what takes the time, on the CPU
-    timeout 200 "$python" -m pytest -n "${JOBS:-8}" -p no:cacheprovider -W ignore \
-        tests/kernels/consistency_loss_triton_cases.py tests/kernels/consistency_loss_triton_sparse_cases.py 2>&1 | tee "$OUT/consistency_loss_gpu_tests.log" || status=1
+    cases=(-n "${JOBS:-12}")
+    limit=200
 fi
-timeout 330 "$python" -m bench.bench_consistency_loss_gpu --seconds 270 "${options[@]}" 2>&1 |
-    tee "$OUT/consistency_loss_gpu.log" || status=1
-exit $status
+if wanted tests; then
+    stage tests "$limit" "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*_gpu_cases.py
+fi
+if wanted sanitizer; then
+    if [ "$dry" ] || ! command -v compute-sanitizer >/dev/null; then
+        echo "-- sanitizer: left out, compute-sanitizer is ${dry:+for a GPU}${dry:-not installed}" | tee "$OUT/sanitizer_gpu.log"
+    else
+        stage sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
+            "${pytest[@]}" --few 2 tests/kernels/*_triton_*cases.py
+    fi
+fi
+if wanted kernels; then
+    stage kernels 120 "$python" -m bench.gpu.run --stages kernels --seconds 80 $dry
+fi
+if wanted engine; then
+    stage engine 200 "$python" -m bench.gpu.run --stages engine --seconds 150 $dry
+fi
+if wanted loss; then
+    stage loss 180 "$python" -m bench.bench_consistency_loss_gpu --seconds 150 "${loss_options[@]}" $dry
+fi
+[ ${#failed[@]} -eq 0 ] || echo "failed: ${failed[*]}"
+exit $((${#failed[@]} > 0))

@@ -51,7 +51,7 @@ struct RopeArgs {
   float* k_cache;            // as in AttentionArgs
   float* v_cache;
   const int64_t* position;   // [tokens]
-  const int64_t* slot;       // [tokens] page * 32 + offset
+  const int64_t* slot;       // [tokens] page * 32 + offset; -1: not stored
   int64_t tokens, heads, kv_heads, head_dim, v_stride;
   float norm_eps;
   int threads;

@@ -55,6 +55,7 @@ static void rope_kv_write(const RopeArgs& a) {
       if (norm) normalise(x, norm, x, d, a.norm_eps);
       rotate(x, rotation, d);
     }
+    if (a.slot[t] < 0) continue;
     const int64_t page = a.slot[t] / kPage, offset = a.slot[t] % kPage;
     for (int64_t h = 0; h < a.kv_heads; ++h) {
       const float* k = row + (a.heads + h) * d;

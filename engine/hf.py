@@ -45,11 +45,11 @@ def _paged(
         )
     layer, heads, t = cast(int, module.layer_idx), query.shape[1], query.shape[2]
     k_cache, v_cache = cache.k[layer], cache.v[layer]
-    kv_write(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, k_cache, v_cache)
+    kv_write(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, k_cache, v_cache, cache.layout)
     out = paged_attention(
         query[0].transpose(0, 1).reshape(t, -1).contiguous(), k_cache, v_cache, batch.block_table, batch.row_start,
         batch.first_position, heads=heads, scale=kwargs.get("scaling") or query.shape[-1] ** -0.5,
-        softcap=kwargs.get("softcap"), window=kwargs.get("sliding_window") or 0,
+        softcap=kwargs.get("softcap"), window=kwargs.get("sliding_window") or 0, layout=cache.layout,
     )  # fmt: skip
     return out.view(1, t, heads, -1), None
 

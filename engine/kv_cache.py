@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import OutOfMemory
-from engine.kernels import PAGE_SIZE, kv_cache_shapes
+from engine.kernels import PAGE_SIZE, KVLayout, kv_cache_shapes
 
 
 class PagePool:
@@ -47,13 +47,22 @@ def pages_for(positions: int) -> int:
 
 
 class KVCache:
-    """K and V of every layer: ``k[layer]`` and ``v[layer]`` as engine.kernels.kv_cache_shapes describes."""
+    """K and V of every layer: ``k[layer]`` and ``v[layer]`` as engine.kernels.kv_cache_shapes describes for ``layout``."""
 
     def __init__(
-        self, layers: int, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: KVLayout | None = None,
     ) -> None:
+        """``layout``: by default what the device's own kernels read."""
         self.pool = PagePool(pages)
-        k_shape, v_shape = kv_cache_shapes(pages, kv_heads, head_dim)
+        self.layout: KVLayout = layout or ("panels" if device.type == "cpu" else "nhd")
+        k_shape, v_shape = kv_cache_shapes(pages, kv_heads, head_dim, self.layout)
         self.k = _zeros((layers, *k_shape), dtype, device).unbind(0)
         self.v = _zeros((layers, *v_shape), dtype, device).unbind(0)
 

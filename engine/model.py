@@ -1,6 +1,7 @@
 """The lean decoder: one configuration-driven forward pass for Llama, Mistral, Qwen2, Qwen3 and Gemma-2 over packed rows
 and a paged KV cache, with weights read straight from safetensors into the layout their kernels stream."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,7 @@ from engine.kernels import (
     rope_kv_write,
 )
 from engine.kv_cache import KVCache
-from engine.weights import Checkpoint
+from engine.weights import Checkpoint, TensorSource, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,14 @@ class Decoder:
         """Reads a checkpoint folder; raises UnsupportedModel for a config field or tensor it would not honour."""
         spec = model_spec(config)
         with Checkpoint(folder) as checkpoint:
-            decoder = _Loader(spec, checkpoint, dtype, device).decoder()
-            # rotary buffers of old exports are derived data; anything else unread would be a wrong model
-            unread = sorted(name for name in checkpoint.unread if not name.endswith("rotary_emb.inv_freq"))
-        if unread:
-            raise UnsupportedModel(f"the checkpoint in {folder} has tensors this decoder does not use: {unread[:5]}")
-        return decoder
+            return _Loader(spec, checkpoint, dtype, device).decoder(f"the checkpoint in {folder}")
+
+    @classmethod
+    def from_tensors(
+        cls, config: PreTrainedConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> "Decoder":
+        """Copies the weights of a model in memory, ``tensors`` being its ``state_dict()``; raises as ``load`` does."""
+        return _Loader(model_spec(config), TensorSource(tensors), dtype, device).decoder("the model in memory")
 
     def new_cache(self, pages: int) -> KVCache:
         spec = self.spec
@@ -135,12 +138,12 @@ class Decoder:
         qkv = linear(h, layer.qkv, layer.qkv_bias)
         rope_kv_write(
             qkv, self.rotation, batch.positions, batch.slots, cache.k[index], cache.v[index],
-            head_dim=spec.head_dim, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.eps,
+            head_dim=spec.head_dim, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.eps, layout=cache.layout,
         )  # fmt: skip
         return paged_attention(
             qkv, cache.k[index], cache.v[index], batch.block_table, batch.row_start, batch.first_position,
             heads=spec.heads, scale=spec.attention_scale, softcap=spec.attention_softcap,
-            window=spec.layer_windows[index],
+            window=spec.layer_windows[index], layout=cache.layout,
         )  # fmt: skip
 
     def _extend_rotation(self, positions: int) -> None:
@@ -160,15 +163,16 @@ def _norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 class _Loader:
-    """Assembles a Decoder from the tensors of a checkpoint."""
+    """Assembles a Decoder from the tensors of a checkpoint or of a model in memory."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, checkpoint: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.checkpoint, self.dtype, self.device = spec, checkpoint, dtype, device
         packed = LinearWeight.allocate(1, 1, dtype, device).packed
         # packed weights are read by kernels that compute in float32 whatever the weights' own dtype
         self.compute_dtype = torch.float32 if packed else dtype
 
-    def decoder(self) -> Decoder:
+    def decoder(self, origin: str) -> Decoder:
+        """``origin`` names the source in errors."""
         spec = self.spec
         embed = self._matrix(["model.embed_tokens"], [spec.vocab_size], spec.hidden_size)
         # as in transformers 5, a head of its own in the checkpoint of a tied model counts where it differs
@@ -176,6 +180,10 @@ class _Loader:
         head = embed if tied else self._matrix(["lm_head"], [spec.vocab_size], spec.hidden_size)
         layers = [self._layer(f"model.layers.{i}.") for i in range(spec.layers)]
         norm = self._norm_weight("model.norm", spec.hidden_size)
+        # rotary buffers of old exports are derived data; anything else unread would be a wrong model
+        unread = sorted(name for name in self.checkpoint.unread if not name.endswith("rotary_emb.inv_freq"))
+        if unread:
+            raise UnsupportedModel(f"{origin} has tensors this decoder does not use: {unread[:5]}")
         return Decoder(spec, embed, layers, norm, head, self.compute_dtype)
 
     def _layer(self, prefix: str) -> Layer:

@@ -2,11 +2,11 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -29,6 +29,54 @@ def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(path_or_hub_id), allow_patterns=_FILES))
+
+
+class WeightSource(Protocol):
+    """Where a decoder's weights come from."""
+
+    unread: set[str]
+
+    def equal(self, copy: str, original: str) -> bool:
+        """Whether ``copy`` is absent or holds the same matrix as ``original``; either way it needs no more reading."""
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A 1-d tensor of the given size as float32."""
+
+    def read_into(self, weight: LinearWeight, first_row: int, name: str, rows: int) -> None:
+        """Copies a [rows, weight.columns] tensor into ``weight`` from first_row on."""
+
+
+class TensorSource:
+    """The tensors of a model that is already in memory, by the names of its checkpoint."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.unread = set(tensors)
+
+    def equal(self, copy: str, original: str) -> bool:
+        if copy not in self._tensors:
+            return True
+        a, b = self._tensors[copy], self._tensors[original]
+        same = a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+        if same:
+            self.unread.discard(copy)
+        return same
+
+    def vector(self, name: str, size: int) -> Tensor:
+        return self._take(name, [size]).detach().to(torch.float32, copy=True)
+
+    def read_into(self, weight: LinearWeight, first_row: int, name: str, rows: int) -> None:
+        weight.write(first_row, self._take(name, [rows, weight.columns]).detach())
+
+    def _take(self, name: str, shape: list[int]) -> Tensor:
+        if name not in self._tensors:
+            raise UnsupportedModel(f"the tensors given have no {name!r}, which the configuration asks for")
+        if list(self._tensors[name].shape) != shape:
+            raise UnsupportedModel(
+                f"tensor {name!r} has shape {list(self._tensors[name].shape)}, expected {shape} from the configuration"
+            )
+        self.unread.discard(name)
+        return self._tensors[name]
 
 
 class Checkpoint:

@@ -24,7 +24,7 @@ else:
     from engine.kernels.linear import LinearWeight, embedding, linear
     from engine.kernels.linear_argmax import linear_argmax
     from engine.kernels.native import native_name
-    from engine.kernels.paged_attention import PAGE_SIZE, kv_cache_shapes, paged_attention
+    from engine.kernels.paged_attention import PAGE_SIZE, KVLayout, kv_cache_shapes, paged_attention
     from engine.kernels.rms_norm import rms_norm
     from engine.kernels.rope_kv_write import kv_write, rope_kv_write
 
@@ -32,6 +32,7 @@ else:
         "PAGE_SIZE",
         "ConsistencyLoss",
         "ConsistencyLossOutput",
+        "KVLayout",
         "LinearWeight",
         "LossStats",
         "consistency_loss",

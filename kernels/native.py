@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Impl = Literal["auto", "torch", "cpp"]
+Impl = Literal["auto", "torch", "cpp", "triton"]
 
 logger = logging.getLogger("engine.kernels")
 
@@ -64,7 +64,7 @@ def choose(impl: Impl, supported: bool, requirement: str) -> Native | None:
         reason = f"it needs {requirement}" if library else "the C++ extension is not built"
         raise ValueError(f'impl="cpp" cannot run here: {reason}; use impl="auto" or impl="torch"')
     if impl not in ("auto", "cpp"):
-        raise ValueError(f'impl must be "auto", "torch" or "cpp", got {impl!r}')
+        raise ValueError(f'impl must be "auto", "torch", "cpp" or "triton", got {impl!r}')
     return library
 
 

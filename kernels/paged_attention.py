@@ -1,5 +1,7 @@
 """Attention of packed query windows over a paged KV cache."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -7,13 +9,21 @@ from engine.kernels.native import Impl, choose, is_native_index, is_native_layou
 
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
 
+KVLayout = Literal["panels", "nhd"]
+"""How a page lies in memory: ``panels`` is what the C++ kernels read, ``nhd`` what those on GPUs do."""
 
-def kv_cache_shapes(pages: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+
+def kv_cache_shapes(
+    pages: int, kv_heads: int, head_dim: int, layout: KVLayout = "panels"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of one layer's K and V storage.
 
-    K is [pages, kv_heads, head_dim, PAGE_SIZE]: scores are products with a page as it lies. V is [pages, kv_heads,
-    PAGE_SIZE, head_dim rounded up to 16]. Both must start as zeros, so that the padding never holds NaN.
+    ``nhd``: both are [pages, PAGE_SIZE, kv_heads, head_dim], as flash-attention has it. ``panels``: K is [pages, kv_heads,
+    head_dim, PAGE_SIZE], so that scores are products with a page as it lies, and V [pages, kv_heads, PAGE_SIZE, head_dim
+    rounded up to 16]. All must start as zeros, so that the padding never holds NaN.
     """
+    if layout == "nhd":
+        return (pages, PAGE_SIZE, kv_heads, head_dim), (pages, PAGE_SIZE, kv_heads, head_dim)
     return (pages, kv_heads, head_dim, PAGE_SIZE), (pages, kv_heads, PAGE_SIZE, -(-head_dim // 16) * 16)
 
 
@@ -29,22 +39,25 @@ def paged_attention(
     scale: float,
     softcap: float | None = None,
     window: int = 0,
+    layout: KVLayout = "panels",
     impl: Impl = "auto",
 ) -> Tensor:
     """Causal grouped-query attention of the packed rows of several sequences -> [t, heads * head_dim].
 
     q [t, >= heads * head_dim] (the leading columns are the queries, so a fused qkv can be passed as it is); sequence s
     owns rows row_start[s] .. row_start[s + 1] (int32 [s + 1]), at consecutive positions from first_position[s] (int32),
-    and pages block_table[s] (int32 [s, max pages]). A query at position p sees keys in (p - window, p], all up to p
+    and pages block_table[s] (int32 [s, max pages]); rows behind the last sequence's belong to none, and what comes out for
+    them is undefined. Caches as ``kv_cache_shapes`` says. A query at position p sees keys in (p - window, p], all up to p
     where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``. With the C++ kernel a row's bits do not
     depend on the other rows.
     """
-    pages, kv_heads, head_dim = k_cache.shape[:3]
+    kv_heads, head_dim = _heads(k_cache, layout)
     indices = (block_table, row_start, first_position)
     supported = (
-        is_native_layout(q, k_cache, v_cache)
+        layout == "panels"
+        and is_native_layout(q, k_cache, v_cache)
         and is_native_index(torch.int32, *indices)
-        and (k_cache.shape, v_cache.shape) == kv_cache_shapes(pages, kv_heads, head_dim)
+        and (k_cache.shape, v_cache.shape) == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim)
         and q.dim() == 2
         and q.shape[1] >= heads * head_dim
         and heads % kv_heads == 0
@@ -54,7 +67,9 @@ def paged_attention(
     )
     library = choose(impl, supported, "contiguous float32 inputs and int32 indices of shapes that belong together")
     if library is None:
-        return _reference(q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window)
+        return _reference(
+            q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, softcap, window, layout
+        )
     out = new_output(q.shape[0], heads * head_dim)
     library.module.attention(
         library.table, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),
@@ -66,9 +81,9 @@ def paged_attention(
 
 def _reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row_start: Tensor, first_position: Tensor,
-    heads: int, scale: float, softcap: float | None, window: int,
+    heads: int, scale: float, softcap: float | None, window: int, layout: KVLayout,
 ) -> Tensor:  # fmt: skip
-    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[2]
+    kv_heads, head_dim = _heads(k_cache, layout)
     out = q.new_empty(q.shape[0], heads * head_dim)
     bounds = row_start.tolist()
     for s, first in enumerate(first_position.tolist()):
@@ -78,8 +93,13 @@ def _reference(
             continue
         length = first + count
         pages = block_table[s, : -(-length // PAGE_SIZE)].long()
-        k = k_cache[pages].permute(1, 2, 0, 3).flatten(2)[..., :length]  # [kv_heads, head_dim, length]
-        v = v_cache[pages].permute(1, 0, 2, 3).flatten(1, 2)[:, :length, :head_dim]  # [kv_heads, length, head_dim]
+        k, v = (cache[pages] for cache in (k_cache, v_cache))
+        if layout == "nhd":
+            k, v = k.permute(2, 3, 0, 1), v.permute(2, 0, 1, 3)
+        else:
+            k, v = k.permute(1, 2, 0, 3), v.permute(1, 0, 2, 3)
+        k = k.flatten(2)[..., :length]  # [kv_heads, head_dim, length]
+        v = v.flatten(1, 2)[:, :length, :head_dim]  # [kv_heads, length, head_dim]
         queries = q[rows, : heads * head_dim].view(count, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
         scores = (queries.float() @ k.float()[:, None]) * scale
         if softcap:
@@ -92,6 +112,11 @@ def _reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[rows] = _weighted_sum(weights, v.float(), first).permute(2, 0, 1, 3).reshape(count, -1).to(q.dtype)
     return out
+
+
+def _heads(k_cache: Tensor, layout: KVLayout) -> tuple[int, int]:
+    """KV heads and their size."""
+    return k_cache.shape[1 + (layout == "nhd")], k_cache.shape[2 + (layout == "nhd")]
 
 
 def _weighted_sum(weights: Tensor, v: Tensor, first: int) -> Tensor:

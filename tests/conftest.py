@@ -17,6 +17,22 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", type=int, help="run this many tests of every file, spread over it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    few = config.getoption("--few")
+    if few is None:
+        return
+    files: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    items[:] = [mine[i * len(mine) // few] for mine in files.values() for i in range(few) if few < len(mine)] + [
+        item for mine in files.values() if few >= len(mine) for item in mine
+    ]
+
+
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
     """Tensors from torch.empty and its relatives hold NaN (integers: the largest one) instead of what lay there."""

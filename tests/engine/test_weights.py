@@ -138,6 +138,32 @@ def test_other_dtypes_are_loaded_as_float32(name: str, dtype: torch.dtype, check
     assert refine(folder) == [generate(model, p, 20) for p in PROMPTS]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_a_model_in_memory(name: str, oracle: Callable[[str], Oracle]) -> None:
+    """The same weights as by way of a file, and a copy: what becomes of the model afterwards does not matter."""
+    o = oracle(name)
+    tensors = {key: tensor.clone() for key, tensor in o.model.state_dict().items()}
+    if o.model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model = Decoder.from_tensors(o.model.config, tensors, torch.float32, CPU)
+    for tensor in tensors.values():
+        tensor.zero_()
+    loaded = Decoder.load(o.folder, o.model.config, torch.float32, CPU)
+    assert torch.equal(all_logits(model, PROMPTS[2]), all_logits(loaded, PROMPTS[2]))
+
+
+def test_of_a_model_in_memory_that_does_not_fit_its_configuration(oracle: Callable[[str], Oracle]) -> None:
+    o = oracle("llama")
+    name, tensors = "model.layers.1.mlp.up_proj.weight", dict(o.model.state_dict())
+    for wrong, message in (
+        ({k: v for k, v in tensors.items() if k != name}, name),
+        (tensors | {name: torch.zeros(71, 48)}, rf"{name}.*\[71, 48\].*\[72, 48\]"),
+        (tensors | {"score": torch.zeros(1)}, "memory.*score"),
+    ):
+        with pytest.raises(UnsupportedModel, match=message):
+            Decoder.from_tensors(o.model.config, wrong, torch.float32, CPU)
+
+
 def all_logits(model: Decoder, text: list[int]) -> Tensor:
     pages = list(range(pages_for(len(text))))
     batch = StepBatch.pack([Feed(text, 0, pages, 0)], CPU)

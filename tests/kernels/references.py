@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels import PAGE_SIZE, kv_cache_shapes
+from engine.kernels import PAGE_SIZE, KVLayout, kv_cache_shapes
 
 EPSILON = torch.finfo(torch.float32).eps
 TINY = torch.finfo(torch.float32).tiny
@@ -139,7 +139,13 @@ class PagedCase:
 
 @functools.cache
 def paged_case(
-    spans: tuple[tuple[int, int], ...], kv_heads: int, group: int, head_dim: int, extra_columns: int = 0, seed: int = 0
+    spans: tuple[tuple[int, int], ...],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    extra_columns: int = 0,
+    seed: int = 0,
+    layout: KVLayout = "panels",
 ) -> PagedCase:
     """Of every sequence ``(first position, rows)``. Whatever no sequence has written holds NaN, whole pages included."""
     heads = kv_heads * group
@@ -149,17 +155,18 @@ def paged_case(
     v = [randn(seed + 2 + 2 * s, length, kv_heads, head_dim) for s, length in enumerate(lengths)]
     counts = [-(-length // PAGE_SIZE) for length in lengths]
     pages = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed)).tolist()
-    k_shape, v_shape = kv_cache_shapes(len(pages), kv_heads, head_dim)
+    k_shape, v_shape = kv_cache_shapes(len(pages), kv_heads, head_dim, layout)
     k_cache, v_cache = torch.full(k_shape, float("nan")), torch.full(v_shape, float("nan"))
     v_cache[..., head_dim:] = 0  # the padding
+    k_at, v_at = (k_cache, v_cache) if layout == "nhd" else (k_cache.permute(0, 3, 1, 2), v_cache.permute(0, 2, 1, 3))
     unowned = pages.pop()
     table = torch.full((len(spans), max(counts) + 1), unowned, dtype=torch.int32)
     for s, count in enumerate(counts):
         for i in range(count):
             table[s, i] = page = pages.pop()
             for offset in range(min(PAGE_SIZE, lengths[s] - i * PAGE_SIZE)):
-                k_cache[page, :, :, offset] = k[s][i * PAGE_SIZE + offset]
-                v_cache[page, :, offset, :head_dim] = v[s][i * PAGE_SIZE + offset]
+                k_at[page, offset] = k[s][i * PAGE_SIZE + offset]
+                v_at[page, offset, :, :head_dim] = v[s][i * PAGE_SIZE + offset]
     row_start = torch.tensor([0, *(rows for _, rows in spans)]).cumsum(0).int()
     first_position = torch.tensor([first for first, _ in spans], dtype=torch.int32)
     return PagedCase(q, k, v, k_cache, v_cache, table, row_start, first_position, heads)

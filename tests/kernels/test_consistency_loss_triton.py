@@ -1,31 +1,10 @@
-"""The Triton plans of the consistency loss: planning here, kernels in a process with Triton's interpreter."""
+"""How the Triton plans of the consistency loss divide their rows; test_triton_interpreter.py runs the kernels."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.kernels.consistency_loss import triton_rows
-
-CASES = [Path(__file__).with_name(f"consistency_loss_triton_{name}cases.py") for name in ("", "sparse_")]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.slow
-@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
-def test_kernels_in_the_interpreter(cases: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    for name in [name for name in environment if name.startswith("PYTEST_")]:
-        del environment[name]  # of the process above, which may be one of several
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "0", "-W", "ignore", str(cases)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parents[2], check=False)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @given(

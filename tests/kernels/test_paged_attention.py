@@ -56,6 +56,18 @@ def test_windows_and_soft_cap(window: int, softcap: float | None, impl: Impl) ->
     check(SPANS, 1, 2, 24, softcap, window, impl)
 
 
+@pytest.mark.parametrize(("softcap", "window"), [(None, 0), (2.0, 33)])
+def test_layout_of_gpus(softcap: float | None, window: int) -> None:
+    """The reference reads it too, and leaves rows of nobody alone."""
+    case = paged_case(SPANS, 2, 3, 24, layout="nhd")
+    for extra in (0, 3):
+        out = paged_attention(
+            torch.cat((case.q, case.q[:extra])), case.k_cache, case.v_cache, case.block_table, case.row_start,
+            case.first_position, heads=6, scale=24**-0.5, softcap=softcap, window=window, layout="nhd",
+        )  # fmt: skip
+        assert_accurate(out[: len(case.q)], *expected(SPANS, 2, 3, 24, softcap, window))
+
+
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65, 96])
 def test_lengths_around_the_edges_of_pages(length: int, impl: Impl) -> None:
     """As one last row, as a prompt and as a draft behind one."""

@@ -90,6 +90,46 @@ def test_rows_keep_their_bits_in_any_batch(instruction_set: str) -> None:
         assert torch.equal(run(rows), together[rows])
 
 
+def test_layout_of_gpus_holds_the_same() -> None:
+    qkv, table = randn(0, 37, 10 * 24), rotation_table(600, 24)
+    slots, positions = slots_and_positions(37)
+    found = []
+    for layout in ("panels", "nhd"):
+        k_shape, v_shape = kv_cache_shapes(PAGES, 2, 24, layout)
+        part, k_cache, v_cache = qkv.clone(), torch.zeros(k_shape), torch.zeros(v_shape)
+        rope_kv_write(part, table, positions, slots, k_cache, v_cache, head_dim=24, layout=layout, impl="torch")
+        if layout == "panels":
+            k_cache, v_cache = k_cache.permute(0, 3, 1, 2), v_cache.permute(0, 2, 1, 3)[..., :24]
+        found.append((part, k_cache, v_cache))
+    for panels, nhd in zip(*found, strict=True):
+        assert torch.equal(panels, nhd)
+
+
+def test_rows_of_no_slot_are_rotated_and_not_stored(impl: Impl) -> None:
+    qkv, table = randn(0, 9, 10 * 24), rotation_table(600, 24)
+    slots, positions = slots_and_positions(9)
+    expected, part = qkv.clone(), qkv.clone()
+    k_expected, v_expected = caches(2, 24)
+    k_cache, v_cache = k_expected.clone(), v_expected.clone()
+    stored = torch.tensor([0, 1, 3, 4, 7])
+    rope_kv_write(
+        first := expected[stored],
+        table,
+        positions[stored],
+        slots[stored],
+        k_expected,
+        v_expected,
+        head_dim=24,
+        impl=impl,
+    )
+    gaps = torch.full_like(slots, -1)
+    gaps[stored] = slots[stored]
+    rope_kv_write(part, table, positions, gaps, k_cache, v_cache, head_dim=24, impl=impl)
+    assert torch.equal(part[stored], first)
+    assert torch.equal(k_cache, k_expected)
+    assert torch.equal(v_cache, v_expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_write(dtype: torch.dtype) -> None:
     """Plain copies, cast to the dtype of the caches."""

@@ -1,4 +1,8 @@
-"""Every Triton kernel of the loss compiled as its launcher would launch it, for chips that need not be here."""
+"""Triton kernels compiled as their launchers would launch them, for chips that need not be here.
+
+Every operation has a module here with ``MODULES`` (where its kernels are), ``SHAPES`` (names), ``launches(shape)`` and
+``multiplies(kernel, shape)``: whether tensor cores must be in use.
+"""
 
 import re
 import subprocess
@@ -7,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -18,42 +23,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.consistency_loss import (
-    triton_dense,
-    triton_gather,
-    triton_math,
-    triton_recompute,
-    triton_sparse,
-)
-from engine.kernels.consistency_loss.problem import Needs, Problem
-from engine.kernels.consistency_loss.triton_rows import Chunk, Results
-
-MODULES = (triton_dense, triton_math, triton_recompute, triton_gather, triton_sparse)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
          torch.int8: "i8"}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 CHIPS = tuple(TENSOR_CORES)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What kernels are specialised to; ``extras``: bias, temperature and statistics."""
-
-    d: int
-    v: int
-    softcap: float | None
-    dtype: torch.dtype
-    extras: bool
-
-
-SHAPES = {
-    "gemma-2-9b": Shape(3584, 256000, 30.0, torch.bfloat16, False),
-    "llama-3-8b": Shape(4096, 128256, None, torch.bfloat16, False),
-    "llama-3-8b with extras": Shape(4096, 128256, 30.0, torch.bfloat16, True),
-    "odd float32": Shape(123, 50257, None, torch.float32, False),
-}
 
 
 @dataclass(frozen=True)
@@ -104,11 +79,11 @@ class Recorder:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launches are kept instead of made."""
+def recording(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Launches of kernels of these modules (whatever ends in ``_kernel``) are kept instead of made."""
     found: list[Launch] = []
     with ExitStack() as stack:
-        for module in MODULES:
+        for module in modules:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), found)))
         yield found
@@ -118,31 +93,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def problem(shape: Shape, rows: int) -> Problem:
-    index, s = meta(rows, dtype=torch.int64), shape
-    return Problem(
-        meta(rows, s.d, dtype=s.dtype), meta(rows, s.d, dtype=s.dtype), meta(s.v, s.d, dtype=s.dtype),
-        meta(s.v, dtype=s.dtype) if s.extras else None, index, index, meta(rows), meta(rows), s.softcap,
-        2.0 if s.extras else 1.0, 0.1, "sparse",
-    )  # fmt: skip
-
-
-def launches(shape: Shape, rows: int = 8192) -> list[Launch]:
-    """Those of every plan, of one chunk and one block of columns; ``rows`` per stream in all."""
-    p, needs = problem(shape, rows), Needs(True, True, True, shape.extras, shape.extras)
-    index = meta(rows // 8, dtype=torch.int64)
-    part = Chunk(index[:0], index[:0], index, index, index, index, index)
-    with recording() as found:
-        logits, differences = triton_dense.buffers(p, needs, part.rows, 128)
-        work = triton_sparse.Work(p, needs, logits, differences)
-        for _ in range(2):  # the second adds
-            work.add(part, Results(p, needs))
-        hidden, labels = part.hidden(p), part.labels(p)
-        sums = triton_recompute.row_sums(p, hidden, labels, needs.stats)
-        width = min(shape.v, triton_recompute.block_width(p, part))
-        log_p, g = meta(part.heads, width), differences[:, :width]
-        triton_recompute._differences(p, part, hidden, labels, sums, part.scale(p), g, log_p, slice(0, width))
-    return list({launch.name: launch for launch in found}.values())
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """One of each name."""
+    return list({launch.name: launch for launch in launches}.values())
 
 
 def source(launch: Launch) -> ASTSource:

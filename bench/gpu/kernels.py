@@ -1,0 +1,100 @@
+"""Every kernel of the refine path against eager PyTorch, torch.compile and the best library there is."""
+
+import importlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu.case import Case
+from bench.gpu.timing import Stopwatch, spread
+from engine.roofline import Roofline
+
+OPERATIONS = (
+    "paged_attention",
+    "linear_argmax",
+    "rms_norm",
+    "rope_kv_write",
+    "gated_activation",
+    "jacobi_accept",
+)
+
+
+def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, list[dict[str, Any]]]:
+    """Of every operation its cases; a failure is recorded and stops only itself."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for operation in OPERATIONS:
+        found[operation] = records = []
+        try:
+            module = importlib.import_module(f"bench.gpu.{operation}")
+            cases: Iterable[Case] = module.cases(watch.device, tiny=tiny)
+            for case in cases:
+                if time.monotonic() > deadline:
+                    records.append({"shape": case.shape, "error": "left out: no time"})
+                    continue
+                records.append(one(case, watch, ceilings, 1 if tiny else 7))
+        except Exception as error:
+            records.append({"error": f"{type(error).__name__}: {error}"[:400]})
+            print(f"{operation}: {records[-1]['error']}", flush=True)
+    return found
+
+
+def one(case: Case, watch: Stopwatch, ceilings: Roofline, rounds: int) -> dict[str, Any]:
+    """Time of every variant that runs, how far it is from the floor, and how far its output is from ours."""
+    record: dict[str, Any] = {"shape": case.shape, "bytes": case.bytes, "flops": case.flops, "variants": {}}
+    record["floor_seconds"] = floor = ceilings.floor(case.bytes, case.flops)
+    able = {}
+    ours = None
+    for name, call in sorted(case.variants.items(), key=lambda item: item[0] != "ours"):
+        record["variants"][name] = entry = {}
+        try:
+            start = time.monotonic()
+            output = call()
+            entry["first_call_seconds"] = time.monotonic() - start
+            ours = output if name == "ours" else ours
+            entry["difference_from_ours"] = difference(output, ours)
+            able[name] = call
+        except Exception as error:  # a peer that cannot do this shape is a result
+            entry["error"] = f"{type(error).__name__}: {error}"[:400]
+    for name, values in watch.interleaved(able, rounds).items():
+        entry = record["variants"][name]
+        median = spread(values)["median"]
+        entry |= {
+            "seconds": values,
+            "median_seconds": median,
+            "gigabytes_per_second": case.bytes / median / 1e9,
+            "tflops": case.flops / median / 1e12,
+            "share_of_floor": floor / median,
+        }
+        print(
+            f"{case.operation:18} {case.shape:44} {name:24} {1e6 * median:9.1f} us  {entry['gigabytes_per_second']:7.0f} GB/s "
+            f"{entry['tflops']:7.1f} TFLOP/s  {100 * entry['share_of_floor']:5.1f}% of the floor's speed",
+            flush=True,
+        )
+    return record
+
+
+def difference(output: object, ours: object) -> float | None:
+    """Largest relative difference (2-norm) of two outputs, share of unequal entries for integers; None: not comparable."""
+    pairs = list(zip(_tensors(output), _tensors(ours), strict=False))
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
+        return None
+    worst = 0.0
+    for a, b in pairs:
+        if a.is_floating_point():
+            worst = max(worst, ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item())
+        else:
+            worst = max(worst, (a != b).double().mean().item() if a.numel() else 0.0)
+    return worst
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [part for part in value if isinstance(part, Tensor)] if isinstance(value, tuple | list) else []
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,38 @@
+"""Whether an operation runs its Triton kernel."""
+
+import importlib
+import os
+
+import torch
+from torch import Tensor
+
+from engine.kernels.native import Impl
+
+
+def reason_against_triton(tensor: Tensor) -> str | None:
+    """Why kernels cannot run on this tensor; on CPU tensors they do under Triton's interpreter (TRITON_INTERPRET=1)."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if not tensor.is_cuda and not (tensor.is_cpu and interpreted):
+        return f"it needs tensors on a GPU, got {tensor.device}"
+    if tensor.dtype is torch.float64:
+        return "it needs float32, bfloat16 or float16 tensors, got float64"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return None
+
+
+def choose_triton(impl: Impl, tensor: Tensor, supported: bool, requirement: str) -> bool:
+    """Whether to launch the Triton kernel: where it is asked for, and by default on a GPU.
+
+    ``supported`` says whether the inputs fit the kernel, ``requirement`` what they must be.
+    """
+    if impl != "triton" and not (impl == "auto" and tensor.is_cuda):
+        return False
+    reason = reason_against_triton(tensor)
+    if reason is None and not supported:
+        reason = f"it needs {requirement}"
+    if reason and impl == "triton":
+        raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto" or impl="torch"')
+    return reason is None
