@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "reproduction_loss.png")
     args = parser.parse_args()
     if not find_spec("matplotlib"):
-        print("no plot: matplotlib is not installed (pip install 'diffpo-engine[bench]')")
+        print("no plot: matplotlib is not installed (pip install 'diffpo-engine[plot]')")
         return
     plot(json.loads(args.results.read_text())["runs"], args.out)
 

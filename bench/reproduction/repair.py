@@ -29,7 +29,8 @@ DEMO = Path(__file__).parents[1] / "demo" / "drafts.jsonl"
 LONGEST = 256
 """Tokens of a real draft that are refined."""
 REAL_DRAFTS = 20
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 class Corrector:
@@ -38,18 +39,14 @@ class Corrector:
     def __init__(self, refiner: Refiner, tokenizer: Any) -> None:
         self.refiner, self.tokenizer = refiner, tokenizer
 
-    def __call__(self, prompt: str, draft: str) -> str:
-        """The greedy answer, of at most 1.2 times the draft's tokens and 16."""
-        limit = int(1.2 * len(self.tokenizer(draft).input_ids)) + 16
+    def __call__(self, row: Row) -> Row:
+        """The row with the greedy answer, of at most 1.2 times the draft's tokens and 16, its length and steps."""
+        limit = int(1.2 * len(self.tokenizer(row["draft"]).input_ids)) + 16
         options = RefineOptions(condition=DEFAULT_CONDITION, max_new_tokens=limit)
-        (result,) = self.refiner.refine([{"prompt": prompt, "draft": draft}], options)
+        (result,) = self.refiner.refine([{"prompt": row["prompt"], "draft": row["draft"]}], options)
         if result.error:
             raise result.error
-        return result.text or ""
-
-    def all(self, rows: Rows) -> Rows:
-        """Each row with its output."""
-        return [{**row, "output": self(row["prompt"], row["draft"])} for row in rows]
+        return {**row, "output": result.text or "", "tokens": len(result.token_ids), "steps": result.steps}
 
 
 def damaged(data: Path, core: Tokenizer, seeds: Sequence[int], *, validation: bool = False) -> Rows:
@@ -94,6 +91,8 @@ def columns(results: Rows) -> Columns:
     made: Columns = {
         "prompt": [r["number"] for r in results],
         "output_vs_draft": [words_alike(r["output"], r["draft"]) for r in results],
+        "answer_tokens": [r["tokens"] for r in results],
+        "steps": [r["steps"] for r in results],
     }
     if all("clean" in r for r in results):
         changed = [r["draft"] != r["clean"] for r in results]
@@ -157,7 +156,7 @@ def main() -> None:
         drafts["real"] = real(args.real, core)
     with Refiner.from_pretrained(args.model) as refiner:
         corrector = Corrector(refiner, tokenizer)
-        sets = {name: corrector.all(first(rows, args.prompts)) for name, rows in drafts.items()}
+        sets = {name: [corrector(row) for row in first(rows, args.prompts)] for name, rows in drafts.items()}
     made = {name: columns(results) for name, results in sets.items()}
     for name, values in made.items():
         print(name, json.dumps(summary(values)), flush=True)

@@ -212,6 +212,7 @@ def correctors(checkpoints: dict[str, dict[str, Columns]]) -> str:
         "repaired",
         "cut short",
         "undamaged kept",
+        "tokens per step",
     ]
     rows = []
     for name, sets in checkpoints.items():
@@ -225,6 +226,7 @@ def correctors(checkpoints: dict[str, dict[str, Columns]]) -> str:
                 cell(cleaned),
                 "" if name == reference else cell(less(cleaned, baseline)),
                 *(count(repairs, column) for column in ("better", "repaired", "cut_short", "kept")),
+                cell(accepted(repairs), 1),
             ]
         )
     return markdown(head, rows)

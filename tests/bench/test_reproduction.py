@@ -261,7 +261,7 @@ def test_the_committed_results_make_all_tables() -> None:
 def repair_rows(*outputs: str) -> list[dict[str, Any]]:
     texts = [("a b c d", "a b x d"), ("a b c d", "a b x d"), ("a b", "a b")]
     return [
-        {"number": n, "draft": draft, "clean": clean, "output": output}
+        {"number": n, "draft": draft, "clean": clean, "output": output, "tokens": 12, "steps": n + 1}
         for n, ((draft, clean), output) in enumerate(zip(texts, outputs, strict=True))
     ]
 
@@ -282,6 +282,7 @@ def test_correctors_are_compared_with_the_first_on_the_same_drafts() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[4:] == [
         "1.000 (1.000 to 1.000)", "0.333 (0.333 to 0.333)", "2 of 2", "2 of 2", "1 of 3", "0 of 1",
+        "7.3 (4.0 to 12.0)",
     ]  # fmt: skip
 
 
