@@ -3,7 +3,7 @@
 #
 #     bench/reproduction/run.sh alpaca_responses.jsonl FOLDER [mt_bench_drafts.jsonl]
 #
-# Three to four hours on one thread. Every stage is skipped if FOLDER holds its result; an interrupted run of the second stage
+# Three to four hours on one thread. What FOLDER holds is not trained again, only measured; an interrupted run of engine.train
 # goes on from its last checkpoint. The base stages follow the clock, so that their weights differ from run to run.
 #
 # QUICK=1 in front: every stage in a few steps on a few prompts, to see that they fit together. What comes out is worthless, and
@@ -76,7 +76,7 @@ repair "omega 0.2 (ships)" mixed-0.2
 "$python" -m bench.reproduction.table --results "$results/reproduction.json"
 "$python" -m bench.reproduction.plot --results "$results/reproduction.json" --out "$results/reproduction_loss.png"
 
-# 5. What ships, with the tokenizer that it started with.
+# 5. What ships, with the copier's tokenizer as it was first written.
 mkdir -p "$shipped"
 for file in chat_template.jinja tokenizer.json tokenizer_config.json; do
     cp "$folder/copier/$file" "$shipped"
