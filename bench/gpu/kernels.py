@@ -46,14 +46,15 @@ def one(case: Case, watch: Stopwatch, ceilings: Roofline, rounds: int) -> dict[s
     record: dict[str, Any] = {"shape": case.shape, "bytes": case.bytes, "flops": case.flops, "variants": {}}
     record["floor_seconds"] = floor = ceilings.floor(case.bytes, case.flops)
     able = {}
-    ours = None
+    ours: list[Tensor] = []
     for name, call in sorted(case.variants.items(), key=lambda item: item[0] != "ours"):
         record["variants"][name] = entry = {}
         try:
             start = time.monotonic()
             output = call()
             entry["first_call_seconds"] = time.monotonic() - start
-            ours = output if name == "ours" else ours
+            if name == "ours":  # variants may write where it did
+                ours = [part.clone() for part in _tensors(output)]
             entry["difference_from_ours"] = difference(output, ours)
             able[name] = call
         except Exception as error:  # a peer that cannot do this shape is a result
