@@ -61,8 +61,8 @@ def best_of_part(
     index = lowest(z == top[:, None], column)
     if HAS_CAP:
         # the cap keeps the order, but makes equal what was nearly so: applied to all only where that may have happened
-        rival = lowest(z >= reach_of(top, cap)[:, None], column) < index
-        if tl.max(rival.to(tl.int32), 0) > 0:
+        rival = (z >= reach_of(top, cap)[:, None]) & (column < index[:, None])
+        if tl.max(rival.to(tl.int32)) > 0:  # of the tile at once: Triton 3.6 fails to reduce a row's values for sm_100
             s, _ = capped(z, cap, True)
             index = lowest(s == tl.max(s, 1)[:, None], column)
             top = tl.max(tl.where(column == index[:, None], z, float("-inf")), 1)
