@@ -49,7 +49,7 @@ def _paged(
     out = paged_attention(
         query[0].transpose(0, 1).reshape(t, -1).contiguous(), k_cache, v_cache, batch.block_table, batch.row_start,
         batch.first_position, heads=heads, scale=kwargs.get("scaling") or query.shape[-1] ** -0.5,
-        softcap=kwargs.get("softcap"), window=kwargs.get("sliding_window") or 0, layout=cache.layout,
+        softcap=kwargs.get("softcap"), window=kwargs.get("sliding_window") or 0, layout=cache.layout, longest=batch.end,
     )  # fmt: skip
     return out.view(1, t, heads, -1), None
 

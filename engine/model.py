@@ -147,7 +147,7 @@ class Decoder:
         return paged_attention(
             qkv, cache.k[index], cache.v[index], batch.block_table, batch.row_start, batch.first_position,
             heads=spec.heads, scale=spec.attention_scale, softcap=spec.attention_softcap,
-            window=spec.layer_windows[index], layout=cache.layout,
+            window=spec.layer_windows[index], layout=cache.layout, longest=batch.end,
         )  # fmt: skip
 
     def _extend_rotation(self, positions: int) -> None:

@@ -9,7 +9,7 @@ from engine.batch import Feed, StepBatch
 from engine.device_loop import DeviceLoop
 from engine.errors import EngineError, OutOfMemory
 from engine.jacobi import JacobiSequence
-from engine.kernels import linear_argmax
+from engine.kernels import linear_argmax, linear_sample
 from engine.kv_cache import KVCache, pages_for
 from engine.model import CausalModel
 from engine.sampling import sample
@@ -152,21 +152,38 @@ class Scheduler:
         head = self.model.head
         if all(s.options.temperature == 0 for s, _ in feeds):
             return _ids(linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap)[0])
+        temperature, seeds, positions = _noise_of_rows(feeds, hidden.device)
+        if all(s.options.top_p == 1 or s.options.temperature == 0 for s, _ in feeds):
+            return _ids(
+                linear_sample(
+                    hidden, head.weight, head.bias, temperature=temperature, seeds=seeds, positions=positions,
+                    softcap=head.softcap,
+                )[0]
+            )  # fmt: skip
         predictions: list[int] = []
         for sequence, feed in feeds:
-            count = len(feed.tokens) - feed.logit_start
-            rows = hidden[len(predictions) : len(predictions) + count]
-            predictions += self._predict_one(rows, sequence, feed)
+            rows = slice(len(predictions), len(predictions) + len(feed.tokens) - feed.logit_start)
+            how = sequence.options.temperature, sequence.options.top_p
+            predictions += _ids(sample(hidden[rows], head, seeds[rows], positions[rows], *how))
         return predictions
 
-    def _predict_one(self, hidden: Tensor, sequence: JacobiSequence, feed: Feed) -> list[int]:
-        head, options = self.model.head, sequence.options
-        if options.temperature == 0 or hidden.shape[0] == 0:
-            return _ids(linear_argmax(hidden.contiguous(), head.weight, head.bias, softcap=head.softcap)[0])
+
+def _noise_of_rows(feeds: list[tuple[JacobiSequence, Feed]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, seed and response position of every row that is predicted."""
+    temperature: list[float] = []
+    seeds: list[int] = []
+    positions: list[int] = []
+    for sequence, feed in feeds:
+        count = len(feed.tokens) - feed.logit_start
         first = feed.position + feed.logit_start + 1 - len(sequence.prompt)
-        positions = torch.arange(first, first + hidden.shape[0], device=hidden.device)
-        seeds = torch.full_like(positions, sequence.seed)
-        return _ids(sample(hidden, head, seeds, positions, options.temperature, options.top_p))
+        temperature += [sequence.options.temperature] * count
+        seeds += [sequence.seed] * count
+        positions += range(first, first + count)
+    return (
+        torch.tensor(temperature, dtype=torch.float32, device=device),
+        torch.tensor(seeds, dtype=torch.int64, device=device),
+        torch.tensor(positions, dtype=torch.int64, device=device),
+    )
 
 
 def _typed(error: Exception) -> EngineError:

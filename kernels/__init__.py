@@ -26,6 +26,7 @@ else:
     from engine.kernels.jacobi_state import Field, JacobiState, PackedRows, Phase, Rate
     from engine.kernels.linear import LinearWeight, embedding, linear
     from engine.kernels.linear_argmax import linear_argmax
+    from engine.kernels.linear_sample import linear_sample
     from engine.kernels.native import native_name
     from engine.kernels.paged_attention import PAGE_SIZE, KVLayout, kv_cache_shapes, paged_attention
     from engine.kernels.rms_norm import rms_norm
@@ -52,6 +53,7 @@ else:
         "kv_write",
         "linear",
         "linear_argmax",
+        "linear_sample",
         "native_name",
         "paged_attention",
         "rms_norm",
