@@ -253,10 +253,16 @@ class DeviceLoop:
         jacobi_accept(self.state, predictions, self._rows.row_start, self._eos)
 
     def _launch(self) -> None:
-        demand = sum(max(occupant.reserved, occupant.wanted) for occupant in self._active())
-        self._runner.launch(next((size for size in self._sizes if size >= demand), self._sizes[-1]))
+        self._runner.launch(self._room())
         self._launches += 1
         self._readings.append((self._launches, Reading(self.state.fields)))
+
+    def _room(self) -> int:
+        """How many rows the next step is launched with."""
+        demand = sum(max(occupant.reserved, occupant.wanted) for occupant in self._active())
+        # what is known of it is two steps old: where rows are nearly free, there is room for twice as many
+        demand = max(demand, min(2 * demand, self._knee))
+        return next((size for size in self._sizes if size >= demand), self._sizes[-1])
 
     def _look(self) -> None:
         """Takes in the oldest launch's results."""
