@@ -249,8 +249,9 @@ class DeviceLoop:
         head = self._model.head
         jacobi_pack(self.state, self._rows.first(size), self._knee)
         hidden = self._model.forward(self._batches[size], self._cache)
-        predictions, _ = linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap)
-        jacobi_accept(self.state, predictions, self._rows.row_start, self._eos)
+        row_start = self._rows.row_start
+        predictions, _ = linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap, row_count=row_start[-1:])
+        jacobi_accept(self.state, predictions, row_start, self._eos)
 
     def _launch(self) -> None:
         self._runner.launch(self._room())
