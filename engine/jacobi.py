@@ -61,6 +61,13 @@ class JacobiSequence:
         """Most positions this sequence can occupy."""
         return len(self.prompt) + self.options.max_new_tokens
 
+    @property
+    def tentative(self) -> list[int]:
+        """The guess behind ``final``, as far as it would be returned if it were right."""
+        guess = self._guess[: self.options.max_new_tokens - len(self.final)]
+        end = next((i + 1 for i, token in enumerate(guess) if token in self.vocabulary.eos), len(guess))
+        return guess[:end]
+
     def plan(self, budget: int, sequences: int) -> Feed:
         """The next rows to feed, at most ``budget`` (>= 1) of them."""
         known = len(self.prompt) + len(self.final)
