@@ -9,6 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from engine.async_refiner import AsyncRefiner
     from engine.errors import (
         DeadlineExceeded,
         EngineDead,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from engine.options import DEFAULT_CONDITION, RefineOptions
     from engine.refiner import Refiner
     from engine.request import Request, Result
+    from engine.service.metrics import Metrics
+    from engine.service.ticket import Iterate
     from engine.session import Session
     from engine.training import TrainStepOutput, Trajectory, TrajectoryCollator, train_step
 
@@ -33,6 +36,7 @@ logging.getLogger("engine").addHandler(logging.NullHandler())
 
 __all__ = [
     "DEFAULT_CONDITION",
+    "AsyncRefiner",
     "ConsistencyLoss",
     "ConsistencyLossOutput",
     "DeadlineExceeded",
@@ -40,6 +44,8 @@ __all__ = [
     "EngineError",
     "InvalidRequest",
     "InvalidTrajectory",
+    "Iterate",
+    "Metrics",
     "NonFiniteLogits",
     "OutOfMemory",
     "QueueFull",
@@ -59,6 +65,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncRefiner": "async_refiner",
+    "Iterate": "service.ticket",
+    "Metrics": "service.metrics",
     "ConsistencyLoss": "kernels",
     "ConsistencyLossOutput": "kernels",
     "consistency_loss": "kernels",
