@@ -72,10 +72,23 @@ def accuracy(results: dict[str, Any]) -> str:
     return table(["hidden states", *(f"distance {distance}" for distance in distances)], rows)
 
 
+def training_step(results: dict[str, Any]) -> str:
+    """Times of other loops over that of train_step in micro-batches of one, medians and quartiles over the rounds."""
+    ours = "train_step, one by one"
+    rows = []
+    for found in results["rows"]:
+        ratios = [f"{median:.2f} ({low:.2f} to {high:.2f})" for low, median, high in found["ratios"][ours].values()]
+        seconds = found["seconds"][ours]
+        rows.append([found["model"], found["dtype"], str(found["drafts"]), f"{seconds:.2f} s", *ratios])
+    peers = list(results["rows"][0]["ratios"][ours]) if results["rows"] else []
+    return table(["model", "dtype", "drafts", "train_step", *(f"{name} /" for name in peers)], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "consistency-loss": ("consistency_loss_cpu", consistency_loss),
     "consistency-loss-sparse": ("consistency_loss_cpu", sparse_loss),
     "consistency-loss-accuracy": ("consistency_loss_cpu", accuracy),
+    "training-step": ("train_step_cpu", training_step),
     "reproduction": ("reproduction", summary),
 }
 """Marker in the README: name of the results, and what makes a table of them."""

@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and tensor-core instructions of every Triton kernel, without a GPU.
+"""Registers, spills, shared memory, tensor-core instructions and widest loads of every Triton kernel, without a GPU.
 
     python -m bench.triton_table [--jobs 2] [operation ...]
 
@@ -37,7 +37,8 @@ def write(operation: str, pool: ProcessPoolExecutor) -> None:
         for name, kernel in kernels.items():
             print(
                 f"  {name:75} {kernel['registers']:4} registers {kernel['spilled']:4} B spilled "
-                f"{kernel['shared'] / 1024:6.1f} KiB shared  {kernel['tensor_cores'] or ''}", flush=True,
+                f"{kernel['shared'] / 1024:6.1f} KiB shared {kernel['load_bytes']:3} B a load  {kernel['tensor_cores'] or ''}",
+                flush=True,
             )  # fmt: skip
     at = RESULTS / "triton_aot" / f"{operation}.json"
     at.parent.mkdir(exist_ok=True)

@@ -64,7 +64,7 @@ class Refiner:
         cache = model.new_cache(pages_for(kv_cache_tokens))
         self._scheduler: Scheduler | None = Scheduler(model, cache, max_batch_tokens, max_batch_size)
         self._codec = TextCodec(tokenizer, vocabulary)
-        self._knee = knee_rows(model.device)
+        self._knee = knee_rows(model.device, model.head.weight.data.dtype)
         self._lock = threading.Lock()
         self._abandoned: deque[JacobiSequence] = deque()  # appended to without the lock
 

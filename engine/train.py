@@ -6,12 +6,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from engine.errors import EngineError, OutOfMemory
 from engine.job.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, engine_logs, explain
@@ -28,6 +26,7 @@ _EPILOG = """\
 resume:      the same command goes on from the last checkpoint, however the run ended; on a CPU, with as many threads, to the
              same bits. Other settings or files are refused, but for micro_batch, device, gradient_checkpointing and what
              only says how to log and save.
+picture:     --plot OUTPUT draws both terms of the loss, while the run goes on too (up to its last checkpoint).
 processes:   torchrun --nproc-per-node N -m engine.train .. shares batch_size among N; the same batches are learned from.
 exit status: 0 done, 1 failed on the way (also when the loss diverges), 2 refused before any work, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -42,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    text = "draw the losses of the run in this folder into it, as loss.png, instead of training (needs matplotlib)"
+    parser.add_argument("--plot", type=Path, metavar="OUTPUT", help=text)
     parser.add_argument(
         "settings", nargs="*", metavar="config.yaml|name=value", help="a YAML file first, or settings alone"
     )
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals = stack.enter_context(Signals())
         stack.enter_context(engine_logs(say if first else lambda _: None))
         try:
+            if args.plot is not None:
+                return _plot(args.plot, args.settings, say)
             return _run(args.settings, signals, stack)
         except _CannotStart as error:
             if first:
@@ -81,6 +84,18 @@ class _CannotStart(Exception):
     """Nothing was done; the cause says why."""
 
 
+def _plot(output: Path, settings: Sequence[str], say: Callable[[str], None]) -> int:
+    from engine.training.plot import plot_run
+
+    try:
+        if settings:
+            raise ValueError(f"--plot draws a run as it is and takes no settings, got {settings[0]!r}")
+        say(f"{plot_run(output)} shows the losses")
+    except (ValueError, OSError) as error:
+        raise _CannotStart from error
+    return EXIT_OK
+
+
 def _run(texts: Sequence[str], signals: Signals, stack: ExitStack) -> int:
     try:
         with signals.at_once():
@@ -88,6 +103,8 @@ def _run(texts: Sequence[str], signals: Signals, stack: ExitStack) -> int:
             trainer, claim, checkpoint = _prepare(config, stack, signals)
     except (ValueError, OSError, EngineError, ImportError) as error:
         raise _CannotStart from error
+    import torch
+
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:

@@ -4,16 +4,31 @@ from dataclasses import dataclass
 
 import torch
 
-KNEE_ROWS = {"cpu": 11, "cuda": 200}
-"""Rows at which a step's arithmetic takes as long as reading the weights once: below it rows are nearly free. CPU: float32
-FLOP/s over bandwidth of two server cores, see bench/bench_kernels.py; CUDA: from an H200's data sheet, not measured."""
+from engine.roofline import Roofline, measured
+
+CPU_KNEE_ROWS = 11
+"""Of two server cores in float32, see bench/bench_kernels.py."""
+KNEE_LIMITS = (16, 1024)
+"""What a measurement on a GPU can make of it: one taken beside other work may be far off."""
 MOST_GUESSES = 255
 DECAY = 0.9
 """How fast old observations fade: about the last ten count."""
 
 
-def knee_rows(device: torch.device) -> int:
-    return KNEE_ROWS.get(device.type, KNEE_ROWS["cpu"])
+def knee_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows at which a step's arithmetic takes as long as reading the weights once: below it rows are nearly free.
+
+    Measured where the device is a GPU, which takes some milliseconds.
+    """
+    if device.type != "cuda":
+        return CPU_KNEE_ROWS
+    return bounded_knee(measured(device, dtype), dtype)
+
+
+def bounded_knee(roofline: Roofline, dtype: torch.dtype) -> int:
+    """A row costs 2 FLOPs per weight, the weight ``dtype.itemsize`` bytes: they are even at the ratio of both ceilings."""
+    rows = roofline.flops_per_second / roofline.bytes_per_second * dtype.itemsize / 2
+    return max(KNEE_LIMITS[0], min(KNEE_LIMITS[1], round(rows)))
 
 
 @dataclass(slots=True)

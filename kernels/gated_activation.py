@@ -6,13 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.native import Impl, choose, is_native_layout, new_output
+from engine.kernels.triton_choice import choose_triton, is_triton_layout
 
 Activation = Literal["silu", "gelu_tanh"]
 
 
 def gated_activation(gate_up: Tensor, activation: Activation, *, impl: Impl = "auto") -> Tensor:
     """``act(gate) * up`` for gate_up [m, 2 * width] holding gate and up side by side -> [m, width]."""
-    supported = gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0 and is_native_layout(gate_up)
+    shape_fits = gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0
+    triton_fits = shape_fits and is_triton_layout(gate_up)
+    if choose_triton(impl, gate_up, triton_fits, "a contiguous input [m, 2 * width] without gradient"):
+        from engine.kernels.gpu import gated_activation as gpu
+
+        return gpu.gated_activation(gate_up, activation)
+    supported = shape_fits and is_native_layout(gate_up)
     library = choose(impl, supported, "a contiguous float32 input [m, 2 * width]")
     if library is None:
         gate, up = gate_up.chunk(2, dim=-1)

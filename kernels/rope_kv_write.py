@@ -6,6 +6,12 @@ from torch import Tensor
 from engine.kernels.native import Impl, address, choose, is_native_index, is_native_layout
 from engine.kernels.paged_attention import PAGE_SIZE, KVLayout, kv_cache_shapes
 from engine.kernels.rms_norm import rms_norm
+from engine.kernels.triton_choice import choose_triton, is_triton_layout
+
+TRITON_INPUTS = (
+    'contiguous tensors on one device, of shapes that belong together, without gradients: layout="nhd", caches of one '
+    "dtype, float32 rotation and norms, int64 positions and slots, an even head_dim"
+)
 
 
 def rope_kv_write(
@@ -30,17 +36,19 @@ def rope_kv_write(
     ``kv_cache_shapes`` says.
     """
     kv_heads = k_cache.shape[2 if layout == "nhd" else 1]
+    fits = _shapes_fit(qkv, rotation, positions, slots, k_cache, v_cache, head_dim, q_norm, k_norm, layout)
+    tensors = (qkv, rotation, positions, slots, k_cache, v_cache, q_norm, k_norm)
+    triton_fits = fits and layout == "nhd" and _triton_types_fit(*tensors) and is_triton_layout(*tensors)
+    if choose_triton(impl, qkv, triton_fits, TRITON_INPUTS):
+        from engine.kernels.gpu import rope_kv_write as gpu
+
+        gpu.rope_kv_write(qkv, rotation, positions, slots, k_cache, v_cache, head_dim, q_norm, k_norm, eps)
+        return
     supported = (
-        layout == "panels"
+        fits
+        and layout == "panels"
         and is_native_layout(qkv, rotation, k_cache, v_cache, q_norm, k_norm)
         and is_native_index(torch.int64, positions, slots)
-        and (k_cache.shape, v_cache.shape) == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim)
-        and qkv.dim() == 2
-        and qkv.shape[1] % head_dim == 0
-        and qkv.shape[1] >= 2 * kv_heads * head_dim
-        and rotation.shape[1:] == (head_dim,)
-        and positions.shape == slots.shape == qkv.shape[:1]
-        and all(norm is None or norm.shape == (head_dim,) for norm in (q_norm, k_norm))
     )
     library = choose(impl, supported, "contiguous float32 inputs and int64 indices of shapes that belong together")
     if library is None:
@@ -51,6 +59,35 @@ def rope_kv_write(
         v_cache.data_ptr(), positions.data_ptr(), slots.data_ptr(), qkv.shape[0],
         qkv.shape[1] // head_dim - 2 * kv_heads, kv_heads, head_dim, v_cache.shape[3], eps, library.threads,
     )  # fmt: skip
+
+
+def _shapes_fit(
+    qkv: Tensor, rotation: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, head_dim: int,
+    q_norm: Tensor | None, k_norm: Tensor | None, layout: KVLayout,
+) -> bool:  # fmt: skip
+    kv_heads = k_cache.shape[2 if layout == "nhd" else 1]
+    return (
+        (k_cache.shape, v_cache.shape) == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim, layout)
+        and qkv.dim() == 2
+        and qkv.shape[1] % head_dim == 0
+        and qkv.shape[1] >= 2 * kv_heads * head_dim
+        and rotation.shape[1:] == (head_dim,)
+        and positions.shape == slots.shape == qkv.shape[:1]
+        and all(norm is None or norm.shape == (head_dim,) for norm in (q_norm, k_norm))
+    )
+
+
+def _triton_types_fit(
+    qkv: Tensor, rotation: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None,
+) -> bool:  # fmt: skip
+    return (
+        rotation.shape[1] % 2 == 0
+        and k_cache.dtype is v_cache.dtype
+        and k_cache.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and positions.dtype is slots.dtype is torch.int64
+        and all(t is None or t.dtype is torch.float32 for t in (rotation, q_norm, k_norm))
+    )
 
 
 def kv_write(

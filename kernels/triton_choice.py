@@ -36,3 +36,10 @@ def choose_triton(impl: Impl, tensor: Tensor, supported: bool, requirement: str)
     if reason and impl == "triton":
         raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto" or impl="torch"')
     return reason is None
+
+
+def is_triton_layout(*tensors: Tensor | None) -> bool:
+    """Whether all that are given are contiguous, on one device, and need no gradient."""
+    given = [t for t in tensors if t is not None]
+    grad = torch.is_grad_enabled()
+    return all(t.is_contiguous() and t.device == given[0].device and not (grad and t.requires_grad) for t in given)

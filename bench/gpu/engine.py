@@ -9,11 +9,12 @@ import torch
 
 from bench.baselines import full_reforward_jacobi, greedy_generate
 from bench.gpu.models import Pair, pair
-from bench.gpu.timing import Ceilings, Stopwatch
+from bench.gpu.timing import Stopwatch
 from engine import RefineOptions
 from engine.batch import Feed, StepBatch
 from engine.kernels import linear_argmax
 from engine.kv_cache import pages_for
+from engine.roofline import Roofline
 
 MODELS = ("gemma-2-2b", "llama-3-8b", "gemma-2-9b")
 BATCHES = (1, 8, 32)
@@ -23,7 +24,7 @@ PROMPT = 128
 Requests = list[dict[str, Any]]
 
 
-def measure(watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float) -> dict[str, Any]:
+def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, Any]:
     """Of every model its step and its refinements; what no time is left for is left out and says so."""
     found: dict[str, Any] = {}
     models = ("tiny",) if tiny else MODELS
@@ -44,7 +45,7 @@ def measure(watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float
     return found
 
 
-def of_model(name: str, watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float) -> dict[str, Any]:
+def of_model(name: str, watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, Any]:
     batches = (1, 2) if tiny else BATCHES
     prompt, answer = (8, 16) if tiny else (PROMPT, 256)
     subject = pair(name, watch.device, max(batches), prompt + answer)
@@ -61,7 +62,7 @@ def of_model(name: str, watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, dea
     return record
 
 
-def step(subject: Pair, watch: Stopwatch, ceilings: Ceilings, rows: int, position: int) -> dict[str, Any]:
+def step(subject: Pair, watch: Stopwatch, ceilings: Roofline, rows: int, position: int) -> dict[str, Any]:
     """One Jacobi step of one sequence, embedding to argmax: launched from the host, and as one CUDA graph."""
     model = subject.model
     pages = list(range(pages_for(position + rows)))

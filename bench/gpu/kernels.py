@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu.case import Case
-from bench.gpu.timing import Ceilings, Stopwatch, spread
+from bench.gpu.timing import Stopwatch, spread
+from engine.roofline import Roofline
 
 OPERATIONS = (
     "paged_attention",
@@ -21,7 +22,7 @@ OPERATIONS = (
 )
 
 
-def measure(watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float) -> dict[str, list[dict[str, Any]]]:
+def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, list[dict[str, Any]]]:
     """Of every operation its cases; a failure is recorded and stops only itself."""
     found: dict[str, list[dict[str, Any]]] = {}
     for operation in OPERATIONS:
@@ -40,19 +41,20 @@ def measure(watch: Stopwatch, ceilings: Ceilings, *, tiny: bool, deadline: float
     return found
 
 
-def one(case: Case, watch: Stopwatch, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+def one(case: Case, watch: Stopwatch, ceilings: Roofline, rounds: int) -> dict[str, Any]:
     """Time of every variant that runs, how far it is from the floor, and how far its output is from ours."""
     record: dict[str, Any] = {"shape": case.shape, "bytes": case.bytes, "flops": case.flops, "variants": {}}
     record["floor_seconds"] = floor = ceilings.floor(case.bytes, case.flops)
     able = {}
-    ours = None
+    ours: list[Tensor] = []
     for name, call in sorted(case.variants.items(), key=lambda item: item[0] != "ours"):
         record["variants"][name] = entry = {}
         try:
             start = time.monotonic()
             output = call()
             entry["first_call_seconds"] = time.monotonic() - start
-            ours = output if name == "ours" else ours
+            if name == "ours":  # variants may write where it did
+                ours = [part.clone() for part in _tensors(output)]
             entry["difference_from_ours"] = difference(output, ours)
             able[name] = call
         except Exception as error:  # a peer that cannot do this shape is a result

@@ -19,8 +19,9 @@ import torch
 
 from bench.bench_consistency_loss_gpu import hardware
 from bench.gpu import engine, kernels
-from bench.gpu.timing import Stopwatch, ceilings
+from bench.gpu.timing import Stopwatch
 from bench.measure import RESULTS
+from engine.roofline import measured
 
 STAGES = {"kernels": kernels.measure, "engine": engine.measure}
 
@@ -41,7 +42,8 @@ def main() -> None:
     out = Path(os.environ.get("OUT") or RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(device)
-    limits = ceilings(watch)
+    sizes = {"copied": 1 << 20, "size": 64} if args.dry_run else {"copied": 1 << 30, "size": 8192}
+    limits = measured(device, torch.bfloat16, **sizes)
     print(
         f"ceilings: {limits.bytes_per_second / 1e9:.0f} GB/s, {limits.flops_per_second / 1e12:.1f} TFLOP/s", flush=True
     )

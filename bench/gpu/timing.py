@@ -1,12 +1,10 @@
-"""Time of short GPU work, in turn and with cold caches, and what the device can do at best."""
+"""Time of short GPU work, in turn and with cold caches."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 Call = Callable[[], object]
 TARGET_SECONDS = 0.01
@@ -51,36 +49,6 @@ class Stopwatch:
             for name, call in variants.items():
                 found[name].append(self.seconds(call, repeats[name]))
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Measured on the device itself, in the same run as what is held against them."""
-
-    bytes_per_second: float
-    """A copy, read and written bytes together."""
-    flops_per_second: float
-    """A large bfloat16 product of the vendor's library."""
-
-    def floor(self, bytes_moved: int, flops: int) -> float:
-        """Seconds that no implementation can do without: the larger of moving the bytes and of the arithmetic."""
-        return max(bytes_moved / self.bytes_per_second, flops / self.flops_per_second)
-
-
-def ceilings(watch: Stopwatch) -> Ceilings:
-    """The best of a few rounds, which is what a ceiling is."""
-    cuda = watch.device.type == "cuda"
-    source = torch.empty(1 << 30 if cuda else 1 << 20, dtype=torch.int8, device=watch.device)
-    target = torch.empty_like(source)
-    n = 8192 if cuda else 64
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=watch.device) for _ in range(2))
-    product: Tensor = torch.empty_like(a)
-    variants: dict[str, Call] = {
-        "copy": lambda: target.copy_(source),
-        "product": lambda: torch.mm(a, b, out=product),
-    }
-    seconds = watch.interleaved(variants, 5 if cuda else 1)
-    return Ceilings(2 * source.numel() / min(seconds["copy"]), 2 * n**3 / min(seconds["product"]))
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -195,7 +195,11 @@ def _impossible_on_machine(c: TrainConfig) -> Iterator[str]:
 
 def _lora_contradictions(c: TrainConfig) -> Iterator[str]:
     if c.lora_rank and c.fsdp:
-        yield f"fsdp=true shards what is trained, but lora_rank={c.lora_rank} trains next to nothing: leave one of them out"
+        yield (
+            f"fsdp=true with lora_rank={c.lora_rank}: FSDP2 wants one dtype per layer, and adapters of sharded weights could "
+            "not be merged into the refiner at the end; leave fsdp out (dtype=bfloat16 halves the frozen copies), or set "
+            "lora_rank=0"
+        )
     if c.lora_rank and not c.lora_targets:
         yield "lora_targets is empty: name modules, or all-linear"
     changed = c.lora_alpha is not None or c.lora_dropout > 0 or c.lora_targets != ALL_LINEAR

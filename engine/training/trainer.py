@@ -1,6 +1,7 @@
 """``transformers.Trainer`` around ``train_step``: what the loss, its batches and exact resuming need beyond it."""
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,9 @@ from engine.training.sharded import (
 )
 from engine.training.step import TrainStepOutput, train_step
 from engine.training.watch import Watch
+
+_WATCH = "watch.json"
+"""Beside the trainer's own files in a checkpoint: the losses that the next steps are judged by."""
 
 
 class RefinerTrainer(Trainer):
@@ -216,6 +220,7 @@ class RefinerTrainer(Trainer):
             if writes:
                 self.tokenizer.save_pretrained(str(partial))
                 self.state.save_to_json(str(partial / "trainer_state.json"))
+                (partial / _WATCH).write_text(json.dumps(self._watch.history))
         if writes:
             remove_old(output, self.config.keep_checkpoints)
 
@@ -249,6 +254,8 @@ class RefinerTrainer(Trainer):
             save_scheduler(Path(output_dir), self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and (history := Path(checkpoint, _WATCH)).exists():  # those of earlier versions have none
+            self._watch.history = json.loads(history.read_text())
         if not self.config.fsdp or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 
 _HISTORY, _LEAST_HISTORY = 50, 20
 
@@ -14,6 +15,15 @@ class Watch:
         """``explosion``: how many times the median of the last 50 losses is too much; 0: nothing finite is."""
         self.omega, self.explosion = omega, explosion
         self._losses: deque[float] = deque(maxlen=_HISTORY)
+
+    @property
+    def history(self) -> list[float]:
+        """The losses that the next one is judged by; kept with a checkpoint, as a run that goes on is judged by them too."""
+        return list(self._losses)
+
+    @history.setter
+    def history(self, losses: Sequence[float]) -> None:
+        self._losses = deque(losses, maxlen=_HISTORY)
 
     def problem(self, ar: float, consistency: float, norm: float) -> str | None:
         """What is wrong with a step of these terms and this norm of the gradient, in words; None: nothing."""

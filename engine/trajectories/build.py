@@ -173,10 +173,11 @@ class _Told:
         return f" in {path}" if self.lines else ""
 
     def write(self, path: Path) -> None:
+        new = path.with_name(path.name + ".new")
         if not self.lines:
             path.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)  # of a run that ended while it wrote it
             return
-        new = path.with_name(path.name + ".new")
         new.write_bytes(b"".join(encode(line) for line in self.lines))
         os.replace(new, path)
 

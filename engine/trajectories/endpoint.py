@@ -19,6 +19,8 @@ LONGEST_ASKED = 600.0
 """A Retry-After above this many seconds is taken for this many."""
 _WRONG_SETUP = (401, 403, 404, 405)
 _RETRIED = (408, 409, 425, 429)
+_LIMIT, _NEWER_LIMIT = "max_tokens", "max_completion_tokens"
+"""The longest answer in a request; newer models refuse the first name, many servers do not know the second."""
 
 
 class EndpointError(EngineError):
@@ -74,9 +76,9 @@ def completions_url(endpoint: str) -> str:
 class _Failed(Exception):
     """One attempt; ``again`` where another may succeed, after ``wait`` seconds if the server said so."""
 
-    def __init__(self, text: str, *, again: bool, wait: float | None = None) -> None:
+    def __init__(self, text: str, *, again: bool, wait: float | None = None, wants_newer_limit: bool = False) -> None:
         super().__init__(text)
-        self.again, self.wait = again, wait
+        self.again, self.wait, self.wants_newer_limit = again, wait, wants_newer_limit
 
 
 class Endpoint:
@@ -95,16 +97,15 @@ class Endpoint:
         self._client = httpx.Client(timeout=timeout, limits=limits, headers=headers)
         self._random = random.Random()  # only for waiting: spreads the retries of many clients
         self._closed = threading.Event()
+        self._newer: set[str] = set()
+        """Models that have asked for the newer name of the limit."""
 
     def ask(self, model: str, messages: list[dict[str, str]], sampling: Sampling, seed: int) -> Answer:
         """Raises EndpointError, EndpointRefused."""
-        body = {
-            "model": model, "messages": messages, "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature, "seed": seed,
-        }  # fmt: skip
+        body = {"model": model, "messages": messages, "temperature": sampling.temperature, "seed": seed}
         for attempt in range(self._retries + 1):
             try:
-                return self._attempt(body)
+                return self._attempt_limited(body, sampling.max_tokens)
             except _Failed as failure:
                 if not failure.again:
                     raise EndpointError(f"{self.url}: {failure}") from None
@@ -118,6 +119,18 @@ class Endpoint:
         if asked is not None:
             return min(asked, LONGEST_ASKED) + self._random.uniform(0, FIRST_WAIT)
         return min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * self._random.uniform(0.5, 1.0)
+
+    def _attempt_limited(self, body: dict[str, Any], most: int) -> Answer:
+        """An attempt under the name of the limit that the model takes; learning that name costs no attempt."""
+        model = body["model"]
+        if model not in self._newer:
+            try:
+                return self._attempt({**body, _LIMIT: most})
+            except _Failed as failure:
+                if not failure.wants_newer_limit:
+                    raise
+            self._newer.add(model)
+        return self._attempt({**body, _NEWER_LIMIT: most})
 
     def _attempt(self, body: dict[str, Any]) -> Answer:
         try:
@@ -133,7 +146,8 @@ class Endpoint:
             if status in _WRONG_SETUP:
                 raise EndpointRefused(f"{self.url}, {what}; check --endpoint, --model and --api-key-env")
             again = status >= 500 or status in _RETRIED
-            raise _Failed(what, again=again, wait=retry_after(response.headers))
+            newer = status in (400, 422) and _NEWER_LIMIT in response.text
+            raise _Failed(what, again=again, wait=retry_after(response.headers), wants_newer_limit=newer)
         return read_answer(response.content)
 
     def close(self) -> None:

@@ -178,7 +178,7 @@ def plot(summary: Summary, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'diffpo-engine[bench]'") from None
+        raise ValueError("--plot needs matplotlib: pip install 'diffpo-engine[plot]'") from None
     figures = summary.figures()
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, part in zip(figure.subplots(1, 2), ("models", "levels"), strict=True):

@@ -14,10 +14,13 @@ STATE = 8  # float64 of a row; LossState in csrc/kernels.h
 LARGEST, SUM, _, PICKED, BEST, DIVERGENCE, ENTROPY, _ = range(STATE)
 
 
-def groups(p: Problem, needs: Needs, first: int, limit: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def groups(
+    p: Problem, needs: Needs, first: int, limit: int, spread: bool = False
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Rows of targets, rows of their drafts, and each draft's place among the targets; rows without a term are left out.
 
-    A group has at most ``limit`` rows, the first one at most ``first``; a target and its drafts stay together.
+    A group has at most ``limit`` rows, the first one at most ``first``; a target and its drafts stay together. ``spread``: the
+    first group's are spread over all targets, where neighbours are of one answer and may be unlike the others.
     """
     paired = p.pair_index >= 0
     drafts = (paired | needs.stats).nonzero().flatten()
@@ -30,25 +33,39 @@ def groups(p: Problem, needs: Needs, first: int, limit: int) -> list[tuple[Tenso
     if len(targets) == 0:
         return []
     sizes = 1 + taught[targets]
-    group = _fill(sizes.tolist(), first, limit)
+    group = _fill(sizes.tolist(), first, limit, spread)
     place = used.cumsum(0) - 1
     of_draft = group[place[teacher]]
     out = []
-    for g in range(int(group[-1]) + 1):
+    for g in range(int(group.max()) + 1):
         mine, theirs = (group == g).nonzero().flatten(), (of_draft == g).nonzero().flatten()
-        out.append((targets[mine], drafts[theirs], place[teacher[theirs]] - mine[0]))
+        out.append((targets[mine], drafts[theirs], torch.searchsorted(mine, place[teacher[theirs]])))
     return out
 
 
-def _fill(sizes: list[int], first: int, limit: int) -> Tensor:
+def _fill(sizes: list[int], first: int, limit: int, spread: bool) -> Tensor:
     """Number of the group of every target: as many as fit under the limit (``first``: of group 0), at least one."""
-    numbers, number, held = [], 0, 0
-    for size in sizes:
+    chosen = _spread(sizes, first) if spread else set()
+    numbers, number, held = [0] * len(sizes), int(spread), 0
+    for i, size in enumerate(sizes):
+        if i in chosen:
+            continue
         if held and held + size > (limit if number else first):
             number, held = number + 1, 0
         held += size
-        numbers.append(number)
+        numbers[i] = number
     return torch.tensor(numbers)
+
+
+def _spread(sizes: list[int], limit: int) -> set[int]:
+    """Targets at equal distances that have about ``limit`` rows together, never more unless it is one target."""
+    count = max(1, min(len(sizes), limit * len(sizes) // sum(sizes)))
+    chosen, held = set[int](), 0
+    for i in (k * len(sizes) // count for k in range(count)):
+        if not chosen or held + sizes[i] <= limit:
+            chosen.add(i)
+            held += sizes[i]
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ ENTRY_BLOCK = 1024  # the same where lists of entries are walked
 STRIP = 256  # columns of hidden states, or of a block of the head, that stay in the cache
 NOISE = 1 / 20  # of filter_eps: deviation of a row from what stands for it, relative to its Euclidean norm
 MAX_DENSITY = 1 / 8  # longest lists: 1 byte per row and word of the vocabulary; eager PyTorch holds 12 to 13
-TRIAL_ROWS = 32  # of a large problem: is it worth trying?
+TRIAL_ROWS = 32  # of a large problem, spread over it: is it worth trying?
 LARGE_ROWS = 256
 
 
@@ -46,7 +46,8 @@ def _sparse(p: Problem, needs: Needs) -> Outcome | None:
     library = native()
     assert library is not None
     rows, limit = len(p.labels) + len(p.pair_index), _group_rows(p, needs)
-    parts = groups(p, needs, TRIAL_ROWS if rows >= LARGE_ROWS else limit, limit)
+    large = rows >= LARGE_ROWS
+    parts = groups(p, needs, TRIAL_ROWS if large else limit, limit, spread=large)
     sizes = [len(targets) + len(drafts) for targets, drafts, _ in parts]
     results = Results.allocate(p, needs, covered=sum(sizes))
     logits = _logits_memory(p, results.grad_weight, max(sizes, default=0))

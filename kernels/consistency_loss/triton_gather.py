@@ -12,20 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.consistency_loss.triton_math import half_of
+from engine.kernels.consistency_loss.triton_products import Tiles
 
 LIST_BLOCK = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How the product is divided."""
-
-    rows: int
-    """Of a result's tile, and what shares a list."""
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 def tiles(dtype: torch.dtype) -> Tiles:

@@ -1,11 +1,24 @@
 """Matrix products whose results are never rounded below float32."""
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BLOCK = 8192  # rows of an accumulator that are added to at a time where one call cannot add
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel with a product inside divides it."""
+
+    rows: int
+    """Of a result's tile; in a product over lists, what shares a list."""
+    columns: int
+    depth: int
+    warps: int
+    stages: int
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -6,8 +6,6 @@ W's gradient there, written once in its own dtype, and its share of the hidden r
 writer, so results repeat to the bit.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 from engine.kernels.consistency_loss import triton_dense
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from engine.kernels.consistency_loss.triton_math import FIELDS, capped, combined, finite, half_of, moved, store_sums
-from engine.kernels.consistency_loss.triton_products import accumulate, product
+from engine.kernels.consistency_loss.triton_products import Tiles, accumulate, product
 from engine.kernels.consistency_loss.triton_rows import Chunk, Results, chunks
 
 GROUP = 32
@@ -26,17 +24,6 @@ MAX_SPLITS = 64
 BLOCK_BYTES = 1 << 28
 """Of the second pass's buffers."""
 PARTS = tl.constexpr(8)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How a kernel divides its product."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 def tiles(dtype: torch.dtype) -> Tiles:

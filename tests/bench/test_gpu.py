@@ -12,14 +12,15 @@ import torch
 from bench.gpu import kernels
 from bench.gpu.case import Case
 from bench.gpu.run import ours_failed
-from bench.gpu.timing import Ceilings, Stopwatch
+from bench.gpu.timing import Stopwatch
+from engine.roofline import Roofline
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 def test_the_floor_is_the_larger_of_bytes_and_arithmetic() -> None:
-    ceilings = Ceilings(bytes_per_second=100.0, flops_per_second=1000.0)
+    ceilings = Roofline(bytes_per_second=100.0, flops_per_second=1000.0)
     assert ceilings.floor(50, 100) == 0.5
     assert ceilings.floor(5, 900) == 0.9
 
@@ -33,7 +34,7 @@ def test_a_case_records_every_variant_and_what_fails() -> None:
     case = Case(
         "doubling", "6", {"eager": lambda: x + x, "ours": lambda: 2 * x, "off": lambda: 2.2 * x, "peer": broken}, 48, 6
     )
-    record = kernels.one(case, Stopwatch(CPU), Ceilings(1e9, 1e9), rounds=2)
+    record = kernels.one(case, Stopwatch(CPU), Roofline(1e9, 1e9), rounds=2)
     variants = record["variants"]
     assert variants["eager"]["difference_from_ours"] == 0
     assert variants["off"]["difference_from_ours"] == pytest.approx(0.1, rel=1e-3)
@@ -44,7 +45,7 @@ def test_a_case_records_every_variant_and_what_fails() -> None:
     )
     assert not ours_failed([record])
     case.variants["ours"] = broken
-    assert ours_failed([kernels.one(case, Stopwatch(CPU), Ceilings(1e9, 1e9), rounds=1)])
+    assert ours_failed([kernels.one(case, Stopwatch(CPU), Roofline(1e9, 1e9), rounds=1)])
 
 
 def test_what_counts_as_a_failure() -> None:

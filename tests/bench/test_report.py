@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import README, consistency_loss, render, sparse_loss
+from bench.report import README, consistency_loss, render, sparse_loss, training_step
 
 
 def test_readme_shows_the_committed_results() -> None:
@@ -36,3 +36,15 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     assert render(text, tmp_path).splitlines()[-3:] == [loss[0], "<!-- /consistency-loss -->", "after"]
     with pytest.raises(FileNotFoundError):
         render(text, tmp_path / "absent")
+
+
+def test_the_table_of_training_steps() -> None:
+    row = {
+        "model": "tiny", "dtype": "float32", "drafts": 3,
+        "seconds": {"train_step": 9.0, "train_step, one by one": 0.456},
+        "ratios": {"train_step": {"padded": [7.0, 8.0, 9.0]}, "train_step, one by one": {"padded": [0.984, 1.0, 1.25]}},
+    }  # fmt: skip
+    header, _, line = training_step({"rows": [row]}).splitlines()
+    assert header == "| model | dtype | drafts | train_step | padded / |"
+    assert line == "| tiny | float32 | 3 | 0.46 s | 1.00 (0.98 to 1.25) |"
+    assert training_step({"rows": []}) == "Not measured."

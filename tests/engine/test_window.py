@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.window import KNEE_ROWS, MOST_GUESSES, WindowPolicy, knee_rows
+from engine.roofline import Roofline, measured
+from engine.window import CPU_KNEE_ROWS, KNEE_LIMITS, MOST_GUESSES, WindowPolicy, bounded_knee, knee_rows
 
 
 def trained(hits: int, miss: bool, times: int = 40, knee: int = 11) -> WindowPolicy:
@@ -47,8 +48,25 @@ def test_a_larger_batch_leaves_less_room() -> None:
     assert trained(5, True, knee=200).guesses(100, 1) > trained(5, True, knee=11).guesses(100, 1)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_knee_without_a_gpu(device: str) -> None:
+    assert knee_rows(torch.device(device), torch.float32) == CPU_KNEE_ROWS
+
+
 @pytest.mark.parametrize(
-    ("device", "rows"), [("cpu", KNEE_ROWS["cpu"]), ("cuda", KNEE_ROWS["cuda"]), ("meta", KNEE_ROWS["cpu"])]
+    ("flops", "dtype", "rows"),
+    [
+        (790e12, torch.bfloat16, 180),  # an H200: 790 TFLOP/s over 4.4 TB/s
+        (50e12, torch.float32, 23),
+        (1e12, torch.bfloat16, KNEE_LIMITS[0]),
+        (1e18, torch.bfloat16, KNEE_LIMITS[1]),
+    ],
 )
-def test_knee_of_the_device(device: str, rows: int) -> None:
-    assert knee_rows(torch.device(device)) == rows
+def test_knee_is_where_arithmetic_and_reading_are_even(flops: float, dtype: torch.dtype, rows: int) -> None:
+    assert bounded_knee(Roofline(4.4e12, flops), dtype) == rows
+
+
+def test_ceilings_can_be_measured_anywhere() -> None:
+    found = measured(torch.device("cpu"), torch.float32, copied=1 << 20, size=64)
+    assert 1e6 < found.bytes_per_second < 1e13
+    assert 1e6 < found.flops_per_second < 1e14

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import consistency_loss
+from engine.kernels.consistency_loss.native_rows import groups
 from engine.kernels.consistency_loss.operation import LossImpl
+from engine.kernels.consistency_loss.problem import Needs, Problem
 from tests.kernels.consistency_cases import NAMES, Case, Results, assert_close, error, plain, random_case, rounding, run
 from tests.kernels.references import randn
 
@@ -243,3 +247,37 @@ def test_broken_rows_show(broken: float, density: float, impl: LossImpl, monkeyp
     assert results.grads[1][[3, 5]].isfinite().all()
     assert results.grads[0].isfinite().all()
     assert results.grads[2].isnan().any()
+
+
+@given(
+    pairs=st.lists(st.integers(-1, 39), max_size=160),
+    first=st.integers(1, 60),
+    limit=st.integers(1, 90),
+    spread=st.booleans(),
+)
+def test_groups_cover_every_row_once(pairs: list[int], first: int, limit: int, spread: bool) -> None:
+    pair, wide = torch.tensor(pairs, dtype=torch.int64), torch.zeros(0)
+    p = Problem(
+        wide, wide, wide, None, torch.zeros(40, dtype=torch.int64), pair, torch.ones(40), wide, None, 1.0, EPS, "sparse"
+    )
+    parts = groups(p, Needs(True, True, True, False, False), first, limit, spread)
+    assert sorted(torch.cat([targets for targets, _, _ in parts]).tolist()) == list(range(40))
+    assert sorted(torch.cat([drafts for _, drafts, _ in parts]).tolist()) == (pair >= 0).nonzero().flatten().tolist()
+    for number, (targets, drafts, teachers) in enumerate(parts):
+        assert torch.equal(targets[teachers], pair[drafts])
+        assert len(targets) + len(drafts) <= (limit if number else first) or len(targets) == 1
+    if spread and not (pair >= 0).any():
+        gaps = parts[0][0].diff()
+        assert len(parts[0][0]) == min(first, 40)
+        assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_rows_of_one_answer_do_not_decide_for_all(impl: LossImpl, found: Any) -> None:
+    """The first rows are flat distributions, of which little can be left out; the others are a trained model's."""
+    case = trained_case(m=300)
+    case.target[:16] *= 0.01
+    case.draft[:16] *= 0.01
+    sparse(case, impl)
+    trial = found[0][0].targets
+    assert (trial >= 16).sum() > len(trial) / 2
+    assert len(found) > 1

@@ -10,7 +10,13 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import OPERATIONS, consistency_loss  # noqa: E402
-from tests.kernels.ahead_of_time.compiling import CHIPS, SHARED_LIMIT, TENSOR_CORES, figures  # noqa: E402
+from tests.kernels.ahead_of_time.compiling import (  # noqa: E402
+    CHIPS,
+    SHARED_LIMIT,
+    TENSOR_CORES,
+    figures,
+    widest_load,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +48,7 @@ def test_figures(operation: str, shape: str, chip: int) -> None:
         assert found.shared <= SHARED_LIMIT[chip], name
         assert found.registers * 32 * launch.warps <= 65536, name
         assert found.tensor_cores == committed[name]["tensor_cores"], name
+        assert found.load_bytes >= committed[name]["load_bytes"], f"{name}: narrower loads than in the table"
         if triton.__version__ == before["triton"]:
             assert dataclasses.asdict(found) == committed[name], f"{name}: not as in the table; {NEW}"
 
@@ -66,3 +73,19 @@ def test_grids_fit() -> None:
             first, *others = launch.grid
             assert 0 < first < 1 << 31
             assert all(size <= 65535 for size in others)
+
+
+@pytest.mark.parametrize(
+    ("ptx", "expected"),
+    [
+        ("ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r5 + 0 ];", 0),
+        ("@%p1 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];", 2),
+        ("ld.global.b32 { %r1 }, [ %rd1 + 0 ];\nld.global.v2.f32 { %r1, %r2 }, [ %rd1 + 0 ];", 8),
+        ("ld.global.L1::evict_last.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ], %rd2;", 16),
+        ("ld.global.v8.b32 { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 }, [ %rd1 + 0 ];", 32),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16),
+        ("cp.async.ca.shared.global.L2::cache_hint [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2, %rd3;", 4),
+    ],
+)
+def test_widest_load(ptx: str, expected: int) -> None:
+    assert widest_load(ptx) == expected

@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from unittest import mock
@@ -20,9 +20,11 @@ class Killed(BaseException):
 class CrashPoint:
     """Counts the operations on files while it is installed."""
 
-    def __init__(self, at: int, how: How) -> None:
-        """``at``: number of the operation, from 1, before which it happens; in the middle of which for ``killed halfway``."""
+    def __init__(self, at: int, how: How, more: Sequence[tuple[Any, str]] = ()) -> None:
+        """``at``: number of the operation, from 1, before which it happens; in the middle of which for ``killed halfway``.
+        ``more``: functions that count as operations too, as (module or class, name)."""
         self.at, self.how = at, how
+        self._operations = [*((os, name) for name in OPERATIONS), *more]
         self.dead = False
         self._open: set[int] = set()
         self.done: list[str] = []
@@ -31,8 +33,8 @@ class CrashPoint:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name in OPERATIONS:
-                stack.enter_context(mock.patch.object(os, name, self._watched(name, getattr(os, name))))
+            for owner, name in self._operations:
+                stack.enter_context(mock.patch.object(owner, name, self._watched(name, getattr(owner, name))))
             close = os.close
             stack.enter_context(mock.patch.object(os, "close", lambda fd: (self._open.discard(fd), close(fd))))
             try:

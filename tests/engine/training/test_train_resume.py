@@ -29,9 +29,16 @@ def again(undisturbed: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return small_run(undisturbed, output=str(output), **changes)
 
 
+def judged_by(checkpoint: Path) -> list[float]:
+    """The losses that decide whether the next one explodes."""
+    losses: list[float] = json.loads((checkpoint / "watch.json").read_text())
+    return losses
+
+
 def assert_equal_runs(a: Path, b: Path, *, log: bool = True) -> None:
     assert_same(weights(a / "model"), weights(b / "model"))
     assert_same(optimizer_state(a / "checkpoint-9"), optimizer_state(b / "checkpoint-9"))
+    assert judged_by(a / "checkpoint-9") == judged_by(b / "checkpoint-9")
     if log:
         assert log_of(a) == log_of(b)
         assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
@@ -46,6 +53,7 @@ def test_the_run_is_worth_comparing(undisturbed: Path) -> None:
     assert [line["step"] for line in log_of(output) if "eval_ar" in line] == [4, 8, 9]
     assert [path.name for path in checkpoints(output)] == ["checkpoint-8", "checkpoint-9"]
     assert_same(weights(output / "checkpoint-9"), weights(output / "model"))
+    assert len(judged_by(output / "checkpoint-9")) == 9
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(undisturbed: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ class Flaky:
 
     faults: list[str] = field(default_factory=list)
     """Of the requests to come, in turn: ok, 429, 429date, 500, slow, cut, garbage, empty, 400, 401."""
+    newer: frozenset[str] = frozenset()
+    """Models that refuse max_tokens; the others do not know its newer name."""
     always: str | None = None
     delay: float = 0.0
     retry_after: str = "0.2"
@@ -72,6 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
             "choices": [{"message": {"content": text_of(model, prompt)}, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 10, "completion_tokens": 5},
         }
+        wanted, other = ("max_tokens", "max_completion_tokens")[:: -1 if model in self.flaky.newer else 1]
+        if fault == "ok" and other in body:
+            message = f"Unsupported parameter: '{other}' is not supported with this model. Use '{wanted}' instead."
+            self._send(400, json.dumps({"error": {"message": message, "code": "unsupported_parameter"}}).encode())
+            return
         if fault == "slow":
             time.sleep(self.flaky.slow)
         if fault == "cut":

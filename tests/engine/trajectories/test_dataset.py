@@ -90,7 +90,6 @@ def test_a_file_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = write(tmp_path / "t.jsonl", [TIED])
     assert call("inspect", path, "--plot", tmp_path / "p.png") == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -98,6 +98,30 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_quick")
+def test_each_model_gets_the_limit_under_the_name_it_takes(tmp_path: Path) -> None:
+    prompts(tmp_path, 6)
+    with serve(Flaky(newer=frozenset(["large"]))) as flaky:
+        assert call(*arguments(tmp_path, flaky, "--concurrency", 1, "--retries", 0, "--max-tokens", 77)) == 0
+        names = ("max_tokens", "max_completion_tokens")
+        sent = [(body["model"], *(body.get(name) for name in names)) for body in flaky.bodies]
+    assert read(tmp_path / "out.jsonl") == expected(6)
+    assert sent.count(("large", 77, None)) == 1  # once was enough to learn it
+    assert sent.count(("large", None, 77)) == sent.count(("small", 77, None)) == 6
+    assert len(sent) == 13
+
+
+@pytest.mark.usefixtures("_quick")
+def test_another_refusal_of_the_limit_is_told(tmp_path: Path) -> None:
+    """By a server that takes neither name, or not this many."""
+    with serve(Flaky(faults=["ok", "400"], newer=frozenset(["large"]))) as flaky:
+        client = Endpoint(completions_url(flaky.url), retries=2)
+        with pytest.raises(EndpointError, match="status 400"):
+            client.ask("large", CHAT, SAMPLING, 1)
+        assert len(flaky.bodies) == 2
+        client.close()
+
+
+@pytest.mark.usefixtures("_quick")
 def test_failures_are_told_and_retried_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts(tmp_path, 3)
     with serve(Flaky(faults=["400", "empty"])) as flaky:

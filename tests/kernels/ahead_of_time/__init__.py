@@ -2,6 +2,11 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss
+from tests.kernels.ahead_of_time import consistency_loss, gated_activation, rms_norm, rope_kv_write
 
-OPERATIONS: dict[str, ModuleType] = {"consistency_loss": consistency_loss}
+OPERATIONS: dict[str, ModuleType] = {
+    "consistency_loss": consistency_loss,
+    "gated_activation": gated_activation,
+    "rms_norm": rms_norm,
+    "rope_kv_write": rope_kv_write,
+}

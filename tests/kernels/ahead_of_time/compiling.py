@@ -61,6 +61,8 @@ class Figures:
     """Bytes of shared memory per program."""
     tensor_cores: str | None
     """The instruction that multiplies, if there is one."""
+    load_bytes: int
+    """Of global memory, most that one instruction of one thread reads: 16 (32 on chips that can) where loads vectorise."""
 
 
 class Recorder:
@@ -123,7 +125,15 @@ def figures(launch: Launch, chip: int) -> Figures:
     ptx = compiled.asm["ptx"]
     registers, spilled = usage(ptx, chip)
     instruction = TENSOR_CORES[chip] if TENSOR_CORES[chip] in ptx else None
-    return Figures(registers, spilled, compiled.metadata.shared, instruction)
+    return Figures(registers, spilled, compiled.metadata.shared, instruction, widest_load(ptx))
+
+
+def widest_load(ptx: str) -> int:
+    """Bytes; loads into registers and asynchronous copies to shared memory, not those of the tensor memory accelerator."""
+    loads = re.findall(r"\bld\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfsu](\d+)\s", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in loads] + [int(size, 0) for size in copies]
+    return max(widths, default=0)
 
 
 def usage(ptx: str, chip: int) -> tuple[int, int]:

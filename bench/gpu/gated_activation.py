@@ -1,0 +1,35 @@
+"""Gated activations at the feed-forward widths of well-known models."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu.case import Case
+from engine.kernels import gated_activation
+from engine.kernels.gated_activation import Activation
+
+
+def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
+    """Gemma-2-2B and Llama-3-8B, whose widths are 9216 and 14336."""
+    for activation, width in (("gelu_tanh", 70),) if tiny else (("gelu_tanh", 9216), ("silu", 14336)):
+        for rows in (3,) if tiny else (1, 256, 4096):
+            yield case(device, rows, width, activation)  # type: ignore[arg-type]
+
+
+def case(device: torch.device, rows: int, width: int, activation: Activation) -> Case:
+    gate_up = torch.randn(rows, 2 * width, device=device).to(torch.bfloat16)
+
+    def eager(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+    program = torch.compile(eager, dynamic=False)
+    variants = {
+        "ours": lambda: gated_activation(gate_up, activation, impl="triton"),
+        "eager": lambda: eager(gate_up),
+        "torch.compile": lambda: program(gate_up),
+    }
+    moved = 3 * rows * width * gate_up.element_size()
+    return Case("gated_activation", f"{activation} {rows} x {width}", variants, moved, 10 * rows * width)
