@@ -125,8 +125,8 @@ class AsyncRefiner:
 
     @property
     def alive(self) -> bool:
-        """Whether requests can be answered: neither closed, nor failed, nor in a forked process."""
-        return os.getpid() == self._process and self._thread.is_alive()
+        """Whether it takes requests: neither closed, nor closing, nor failed, nor in a forked process."""
+        return os.getpid() == self._process and not self._admission.closed
 
     async def pause(self, *, finish: bool = False) -> None:
         """Returns when the engine stands still, between two steps; with ``finish`` when what is in the batch is done.

@@ -25,6 +25,10 @@ class Admission:
         self._closed: str | None = None
         self._departures: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
     def check(self, tokens: int = 1) -> None:
         """Raises QueueFull where a request of so many tokens would not be let in, EngineDead after ``close``."""
         with self._lock:

@@ -73,7 +73,8 @@ def test_stream_shows_the_answer_sharpen() -> None:
 
 def test_a_slow_reader_holds_up_nobody_and_finds_the_latest() -> None:
     async def read() -> None:
-        async with fragile() as (refiner, _):
+        record = Record()
+        async with fragile(metrics=record) as (refiner, _):
             async with aclosing(
                 refiner.stream({"prompt_ids": [2, 3]}, RefineOptions(max_new_tokens=60, window=1))
             ) as slow:
@@ -84,7 +85,7 @@ def test_a_slow_reader_holds_up_nobody_and_finds_the_latest() -> None:
                 assert [r.token_ids for r in await asyncio.gather(*others)] == [
                     answer([2, 4 + i], 60) for i in range(8)
                 ]
-                await until(lambda: refiner._refiner._alive().load == 0)
+                await until(lambda: record.levels.get("running") == 0)  # told at the end of a turn
                 rest = [event async for event in slow]
             assert first.step >= 1
             assert len(rest) == 1  # nothing piled up

@@ -144,6 +144,7 @@ def test_a_drain_can_be_cut_short() -> None:
         await asyncio.sleep(0.01)
         assert not drain.done()
         close = asyncio.ensure_future(refiner.close(drain=False))
+        await asyncio.sleep(0)  # for it to be posted
         gate.open(1)
         await asyncio.gather(drain, close)
         with pytest.raises(EngineDead, match="closed"):
