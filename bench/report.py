@@ -1,8 +1,8 @@
-"""Tables of the README from the results under bench/results/, so that no figure is typed by hand.
+"""Tables of the READMEs from the results under bench/results/, so that no figure is typed by hand.
 
     python -m bench.report [--write]
 
-Prints them; ``--write`` puts them between the README's markers ``<!-- name -->`` and ``<!-- /name -->``.
+Prints them; ``--write`` puts them between the READMEs' markers ``<!-- name -->`` and ``<!-- /name -->``.
 """
 
 import argparse
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS
-from bench.reproduction.table import summary
+from bench.reproduction.table import correctors, summary
+from engine.refiner import DEFAULT_CHECKPOINT
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = (Path(__file__).parents[1] / "README.md", DEFAULT_CHECKPOINT / "README.md")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -90,8 +91,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "consistency-loss-accuracy": ("consistency_loss_cpu", accuracy),
     "training-step": ("train_step_cpu", training_step),
     "reproduction": ("reproduction", summary),
+    "correctors": ("reproduction", lambda results: correctors(results["correctors"]).rstrip()),
 }
-"""Marker in the README: name of the results, and what makes a table of them."""
+"""Marker in a README: name of the results, and what makes a table of them."""
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
@@ -106,10 +108,11 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into README.md and that of the shipped refiner")
     args = parser.parse_args()
     if args.write:
-        README.write_text(render(README.read_text()))
+        for page in PAGES:
+            page.write_text(render(page.read_text()))
         return
     print(render("\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in TABLES)))
 

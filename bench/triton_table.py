@@ -22,7 +22,7 @@ from tests.kernels.ahead_of_time.compiling import CHIPS, figures
 
 def column(operation: str, shape: str, chip: int) -> dict[str, dict[str, Any]]:
     """Of every kernel launched for one shape, its figures on one chip."""
-    launches = OPERATIONS[operation].launches(shape)
+    launches = [launch for launch in OPERATIONS[operation].launches(shape) if chip in launch.chips]
     return {launch.name: dataclasses.asdict(figures(launch, chip)) for launch in launches}
 
 

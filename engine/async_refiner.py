@@ -5,6 +5,7 @@ its caller first waits; from then on the two sides share a mailbox.
 """
 
 import asyncio
+import atexit
 import itertools
 import math
 import os
@@ -31,6 +32,9 @@ from engine.service.metrics import Metrics, Reporter
 from engine.service.ticket import Finished, Iterate, Ticket
 from engine.service.worker import CLOSED, Worker
 from engine.session import RequestLike
+
+SECONDS_AT_EXIT = 30.0
+"""Longest wait at the interpreter's end for an engine that was not closed to finish the step it is in."""
 
 
 class AsyncRefiner:
@@ -64,6 +68,9 @@ class AsyncRefiner:
         self._thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
         self._thread.start()
         self._finalizer = weakref.finalize(self, _abandon, self._worker, self._process)
+        self._finalizer.atexit = False
+        self._at_exit = partial(_end_at_exit, weakref.ref(self._worker), self._thread, self._process)
+        atexit.register(self._at_exit)
 
     @classmethod
     def from_pretrained(
@@ -171,6 +178,7 @@ class AsyncRefiner:
             await self._ask(lambda mailbox: partial(self._worker.close, mailbox, drain=drain))
         self._thread.join()  # at its last statement
         self._finalizer.detach()
+        atexit.unregister(self._at_exit)
 
     async def __aenter__(self) -> "AsyncRefiner":
         return self
@@ -239,6 +247,15 @@ def _abandon(worker: Worker, process: int) -> None:
     """An AsyncRefiner that nobody closed is gone: its thread ends by itself. Nothing is waited for."""
     if os.getpid() == process:
         worker.inbox.whisper(partial(worker.close, None, drain=False))
+
+
+def _end_at_exit(worker: "weakref.ref[Worker]", thread: threading.Thread, process: int) -> None:
+    """The interpreter ends with an engine that nobody closed: a thread inside a kernel would then abort the process."""
+    alive = worker()
+    if alive is not None:
+        _abandon(alive, process)
+    if os.getpid() == process:
+        thread.join(SECONDS_AT_EXIT)
 
 
 def _check_urgency(priority: object, deadline: object) -> None:

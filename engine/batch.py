@@ -36,8 +36,8 @@ class StepBatch:
     """[sequences] int32."""
     block_table: Tensor
     """[sequences, most pages] int32."""
-    logit_rows: Tensor
-    """[r] int64: the rows whose next token is predicted."""
+    logit_rows: Tensor | None
+    """[r] int64: the rows whose next token is predicted; None: all."""
     end: int
     """One more than the largest position; known without asking the device."""
 

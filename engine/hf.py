@@ -49,7 +49,7 @@ def _paged(
     out = paged_attention(
         query[0].transpose(0, 1).reshape(t, -1).contiguous(), k_cache, v_cache, batch.block_table, batch.row_start,
         batch.first_position, heads=heads, scale=kwargs.get("scaling") or query.shape[-1] ** -0.5,
-        softcap=kwargs.get("softcap"), window=kwargs.get("sliding_window") or 0, layout=cache.layout,
+        softcap=kwargs.get("softcap"), window=kwargs.get("sliding_window") or 0, layout=cache.layout, longest=batch.end,
     )  # fmt: skip
     return out.view(1, t, heads, -1), None
 
@@ -69,6 +69,8 @@ def _max_positions(config: PreTrainedConfig) -> int:
 
 class HFModel:
     """A transformers causal LM behind the engine's ``CausalModel`` protocol."""
+
+    takes_padding = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -117,7 +119,7 @@ class HFModel:
             refine_context=(batch, cache),
         )  # fmt: skip
         hidden: Tensor = out.last_hidden_state
-        return hidden[0, batch.logit_rows]
+        return hidden[0] if batch.logit_rows is None else hidden[0, batch.logit_rows]
 
     @torch.inference_mode()
     def _verify(self) -> None:

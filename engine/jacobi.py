@@ -47,7 +47,7 @@ class JacobiSequence:
         self._guess = draft[kept:]
         self._searched = 0  # final tokens known to hold no EOS
         self._valid = 0  # positions whose K/V is that of final tokens
-        self._policy = WindowPolicy(knee)
+        self.policy = WindowPolicy(knee)
         self._realigner = Realigner(draft, kept) if options.realign and options.steps is None else None
         self._block_end = min(options.block_size, options.max_new_tokens)
         self._block_steps = 0
@@ -67,6 +67,22 @@ class JacobiSequence:
         guess = self._guess[: self.options.max_new_tokens - len(self.final)]
         end = next((i + 1 for i, token in enumerate(guess) if token in self.vocabulary.eos), len(guess))
         return guess[:end]
+
+    @property
+    def guess(self) -> list[int]:
+        """What is taken to follow ``final``."""
+        return list(self._guess)
+
+    @property
+    def block_end(self) -> int:
+        """With ``steps``: where the block under way ends."""
+        return self._block_end
+
+    def plan_prefill(self, budget: int) -> Feed | None:
+        """Rows of the certain tokens but the last, which predicts; None where they are all in the cache."""
+        last = len(self.prompt) + len(self.final) - 1
+        tokens = self._certain(self._valid, min(last, self._valid + budget))
+        return Feed(tokens, self._valid, self.pages, len(tokens)) if tokens else None
 
     def plan(self, budget: int, sequences: int) -> Feed:
         """The next rows to feed, at most ``budget`` (>= 1) of them."""
@@ -105,6 +121,11 @@ class JacobiSequence:
         self.error = error
         self.finish_reason = "error"
 
+    def fail_at_nan(self) -> None:
+        """Ends the sequence because the row behind its final tokens is NaN."""
+        at = len(self.final)
+        self.fail(NonFiniteLogits(f"the model's logits are NaN at response position {at}: check weights and dtype"))
+
     def _certain(self, start: int, stop: int) -> list[int]:
         """Prompt and final tokens at positions start .. stop."""
         p = len(self.prompt)
@@ -116,7 +137,7 @@ class JacobiSequence:
             return self._block_end - len(self.final) - 1  # a step moves the whole block, in several passes if it must
         left = self.options.max_new_tokens - len(self.final) - 1
         if self.options.window == "auto":
-            return self._policy.guesses(min(left, room, len(self._guess)), sequences)
+            return self.policy.guesses(min(left, room, len(self._guess)), sequences)
         return min(left, room, self.options.window - 1)
 
     def _fill_guess(self, wanted: int) -> int:
@@ -137,9 +158,9 @@ class JacobiSequence:
         # beyond the rows fed one more guess can be checked: the one at the position just predicted
         aligned = matched < len(self._guess) and self._guess[matched] == predicted[matched]
         if matched < len(self._guess):
-            self._policy.observe(matched + aligned, not aligned)
+            self.policy.observe(matched + aligned, not aligned)
         else:
-            self._policy.observe(matched, False)
+            self.policy.observe(matched, False)
         tail, rest = predicted[matched + 1 :], self._guess[self._planned + 1 :]
         self.final += fresh
         self._guess = tail + rest
@@ -157,14 +178,13 @@ class JacobiSequence:
             right += 1
         if -1 in predicted[: right + 1]:
             self.final += predicted[:right]
-            at = len(self.final)
-            self.fail(NonFiniteLogits(f"the model's logits are NaN at response position {at}: check weights and dtype"))
+            self.fail_at_nan()
         return [max(token, 0) for token in predicted]
 
     def _realign(self, realigner: Realigner, tail: list[int]) -> None:
         proposal = realigner.propose()
         realigner.keep_iterate(tail)
-        self._policy.in_run = False
+        self.policy.in_run = False
         if proposal:
             self._guess = proposal + self._guess[len(proposal) :]
 

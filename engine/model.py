@@ -41,6 +41,8 @@ class CausalModel(Protocol):
     head: Head
     max_positions: int
     device: torch.device
+    takes_padding: bool
+    """Whether ``forward`` passes over rows of no sequence, whose slot is -1."""
 
     def new_cache(self, pages: int) -> KVCache:
         """A KV cache of this model's shape."""
@@ -71,6 +73,8 @@ class Layer:
 
 class Decoder:
     """A decoder-only transformer over packed rows; use ``Decoder.load``."""
+
+    takes_padding = True
 
     def __init__(
         self,
@@ -143,7 +147,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             h = _norm(x, residual, layer.attention_norm, self.spec.eps)
             h = self._attention(index, layer, h, batch, cache)
-            if index == len(self.layers) - 1:
+            if index == len(self.layers) - 1 and batch.logit_rows is not None:
                 # nobody reads what other rows hold behind their last K/V
                 h, residual = h[batch.logit_rows], residual[batch.logit_rows]
             h = linear(h, layer.o, layer.o_bias)
@@ -167,7 +171,7 @@ class Decoder:
         return paged_attention(
             qkv, cache.k[index], cache.v[index], batch.block_table, batch.row_start, batch.first_position,
             heads=spec.heads, scale=spec.attention_scale, softcap=spec.attention_softcap,
-            window=spec.layer_windows[index], layout=cache.layout,
+            window=spec.layer_windows[index], layout=cache.layout, longest=batch.end,
         )  # fmt: skip
 
     def _extend_rotation(self, positions: int) -> None:

@@ -6,9 +6,7 @@ up in the draft and what followed them there becomes the next guess. Guesses nev
 
 from collections import defaultdict
 
-LONGEST_MATCH = 8
-NEARBY = 6
-"""How far from where it is expected a single token may match: a longer distance needs two tokens in a row."""
+from engine.kernels.jacobi_state import LONGEST_MATCH, NEARBY
 
 
 class Source:

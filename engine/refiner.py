@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from engine.device_loop import choose_loop
 from engine.errors import EngineDead, InvalidRequest, RequestTooLong, UnsupportedModel
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE
@@ -62,9 +63,10 @@ class Refiner:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         cache = model.new_cache(pages_for(kv_cache_tokens))
-        self._scheduler: Scheduler | None = Scheduler(model, cache, max_batch_tokens, max_batch_size)
         self._codec = TextCodec(tokenizer, vocabulary)
         self._knee = knee_rows(model.device, model.head.weight.data.dtype)
+        loop = choose_loop(model, cache, vocabulary, self._knee, max_batch_tokens, max_batch_size)
+        self._scheduler: Scheduler | None = Scheduler(model, cache, max_batch_tokens, max_batch_size, loop)
         self._lock = threading.Lock()
         self._abandoned: deque[JacobiSequence] = deque()  # appended to without the lock
 
@@ -143,6 +145,8 @@ class Refiner:
     def close(self) -> None:
         """Frees weights and cache; calls and streams that are still open raise EngineDead. May be called again."""
         with self._lock:
+            if self._scheduler is not None:
+                self._scheduler.close()
             self._scheduler = None
 
     def __enter__(self) -> "Refiner":

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import Feed, StepBatch
+from engine.device_loop import DeviceLoop
 from engine.errors import EngineDead, EngineError, OutOfMemory
 from engine.jacobi import JacobiSequence
-from engine.kernels import linear_argmax
+from engine.kernels import linear_argmax, linear_sample
 from engine.kv_cache import KVCache, pages_for
 from engine.model import CausalModel
 from engine.sampling import sample
@@ -18,22 +19,34 @@ PASSES_TO_RECOVER = 32
 
 
 class Scheduler:
-    """Runs sequences to their end on one model and one KV cache. Not thread-safe: one caller at a time."""
+    """Runs sequences to their end on one model and one KV cache. Not thread-safe: one caller at a time.
 
-    def __init__(self, model: CausalModel, cache: KVCache, max_batch_tokens: int, max_batch_size: int) -> None:
+    With a ``loop`` it computes the prompts of those that the loop takes, and leaves the rest of their way to it.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        cache: KVCache,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        loop: DeviceLoop | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_size = max_batch_size
+        self.loop = loop
         self.waiting: deque[JacobiSequence] = deque()
         self.running: deque[JacobiSequence] = deque()
+        self.looping: list[JacobiSequence] = []
         self._rows = max_batch_tokens  # of the next pass: fewer than max_batch_tokens after one that failed
         self._passes = 1  # that have succeeded since then
 
     @property
     def load(self) -> int:
-        """Sequences waiting or running."""
-        return len(self.waiting) + len(self.running)
+        """Sequences waiting or running, here or in the loop."""
+        return len(self.waiting) + len(self.running) + len(self.looping)
 
     def add(self, sequence: JacobiSequence) -> None:
         """Queues a sequence; it must fit the pool when that is empty."""
@@ -42,29 +55,36 @@ class Scheduler:
 
     def cancel(self, sequence: JacobiSequence) -> None:
         """Drops a sequence, wherever it is; its pages are free at once."""
-        for queue in (self.waiting, self.running):
+        for queue in (self.waiting, self.running, self.looping):
             if sequence in queue:
                 queue.remove(sequence)
+        if self.loop:
+            self.loop.drop(sequence)
         self._release(sequence)
 
     def step(self) -> list[JacobiSequence]:
-        """One forward pass over what fits; returns the sequences that ended, in their order of arrival."""
+        """One forward pass over what fits, one step of the loop; returns what ended, in their order of arrival."""
         self._admit()
         moved = self._advance(self._plan())
-        done = [s for s in self.running if s.finish_reason]
-        for sequence in done:
-            self.running.remove(sequence)
-            self._release(sequence)
+        done = self._take_ended(self.running)
         # whoever did not fit into this pass is first in the next; after a failed one its first half is tried by itself
         self.running.rotate(-sum(not sequence.finish_reason for sequence, _ in moved))
+        if self.loop:
+            self._step_loop(self.loop)
+            done = self._take_ended(self.looping) + done
         return done
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a page is lost or has two owners."""
-        self.cache.pool.check_integrity([s.pages for s in (*self.running, *self.waiting)])
+        self.cache.pool.check_integrity([s.pages for s in (*self.looping, *self.running, *self.waiting)])
+
+    def close(self) -> None:
+        """Frees what the loop keeps beside the cache."""
+        if self.loop:
+            self.loop.close()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch_size:
+        while self.waiting and len(self.running) + len(self.looping) < self.max_batch_size:
             # the whole answer's pages are reserved on entry: a running sequence never has to be put back
             pages = self.cache.pool.allocate(pages_for(self.waiting[0].longest))
             if pages is None:
@@ -84,12 +104,35 @@ class Scheduler:
         for i, sequence in enumerate(active):
             # one row is kept for each of the others, so that everyone moves as long as there are rows at all
             rows = budget - min(len(active) - i - 1, budget - 1)
-            feed = sequence.plan(rows, len(active))
+            feed = sequence.plan_prefill(rows) if self._loops(sequence) else sequence.plan(rows, len(active))
+            if feed is None:
+                continue
             feeds.append((sequence, feed))
             budget -= len(feed.tokens)
             if budget <= 0:
                 break
         return feeds
+
+    def _loops(self, sequence: JacobiSequence) -> bool:
+        return self.loop is not None and self.loop.takes(sequence)
+
+    def _step_loop(self, loop: DeviceLoop) -> None:
+        ready = [s for s in self.running if loop.takes(s) and s.plan_prefill(1) is None]
+        for sequence in ready:
+            self.running.remove(sequence)
+            self.looping.append(sequence)
+            loop.add(sequence)
+        try:
+            loop.step()
+        except (RuntimeError, MemoryError) as error:
+            loop.fail(_typed(error))
+
+    def _take_ended(self, queue: deque[JacobiSequence] | list[JacobiSequence]) -> list[JacobiSequence]:
+        ended = [sequence for sequence in queue if sequence.finish_reason]
+        for sequence in ended:
+            queue.remove(sequence)
+            self._release(sequence)
+        return ended
 
     def _advance(self, feeds: list[tuple[JacobiSequence, Feed]]) -> list[tuple[JacobiSequence, Feed]]:
         """Runs the pass; the feeds that moved their sequences: all, or none where it failed."""
@@ -129,24 +172,43 @@ class Scheduler:
     @torch.inference_mode()
     def _predict(self, batch: StepBatch, feeds: list[tuple[JacobiSequence, Feed]]) -> list[int]:
         hidden = self.model.forward(batch, self.cache)
+        if hidden.shape[0] == 0:
+            return []
         head = self.model.head
         if all(s.options.temperature == 0 for s, _ in feeds):
             return _ids(linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap)[0])
+        temperature, seeds, positions = _noise_of_rows(feeds, hidden.device)
+        if all(s.options.top_p == 1 or s.options.temperature == 0 for s, _ in feeds):
+            return _ids(
+                linear_sample(
+                    hidden, head.weight, head.bias, temperature=temperature, seeds=seeds, positions=positions,
+                    softcap=head.softcap,
+                )[0]
+            )  # fmt: skip
         predictions: list[int] = []
         for sequence, feed in feeds:
-            count = len(feed.tokens) - feed.logit_start
-            rows = hidden[len(predictions) : len(predictions) + count]
-            predictions += self._predict_one(rows, sequence, feed)
+            rows = slice(len(predictions), len(predictions) + len(feed.tokens) - feed.logit_start)
+            how = sequence.options.temperature, sequence.options.top_p
+            predictions += _ids(sample(hidden[rows], head, seeds[rows], positions[rows], *how))
         return predictions
 
-    def _predict_one(self, hidden: Tensor, sequence: JacobiSequence, feed: Feed) -> list[int]:
-        head, options = self.model.head, sequence.options
-        if options.temperature == 0 or hidden.shape[0] == 0:
-            return _ids(linear_argmax(hidden.contiguous(), head.weight, head.bias, softcap=head.softcap)[0])
+
+def _noise_of_rows(feeds: list[tuple[JacobiSequence, Feed]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, seed and response position of every row that is predicted."""
+    temperature: list[float] = []
+    seeds: list[int] = []
+    positions: list[int] = []
+    for sequence, feed in feeds:
+        count = len(feed.tokens) - feed.logit_start
         first = feed.position + feed.logit_start + 1 - len(sequence.prompt)
-        positions = torch.arange(first, first + hidden.shape[0], device=hidden.device)
-        seeds = torch.full_like(positions, sequence.seed)
-        return _ids(sample(hidden, head, seeds, positions, options.temperature, options.top_p))
+        temperature += [sequence.options.temperature] * count
+        seeds += [sequence.seed] * count
+        positions += range(first, first + count)
+    return (
+        torch.tensor(temperature, dtype=torch.float32, device=device),
+        torch.tensor(seeds, dtype=torch.int64, device=device),
+        torch.tensor(positions, dtype=torch.int64, device=device),
+    )
 
 
 def _typed(error: Exception) -> EngineError:

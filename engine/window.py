@@ -4,15 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.jacobi_state import DECAY, MOST_GUESSES
 from engine.roofline import Roofline, measured
 
 CPU_KNEE_ROWS = 11
 """Of two server cores in float32, see bench/bench_kernels.py."""
 KNEE_LIMITS = (16, 1024)
 """What a measurement on a GPU can make of it: one taken beside other work may be far off."""
-MOST_GUESSES = 255
-DECAY = 0.9
-"""How fast old observations fade: about the last ten count."""
 
 
 def knee_rows(device: torch.device, dtype: torch.dtype) -> int:

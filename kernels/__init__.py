@@ -21,8 +21,12 @@ if __name__ == "kernels":
 else:
     from engine.kernels.consistency_loss import ConsistencyLoss, ConsistencyLossOutput, LossStats, consistency_loss
     from engine.kernels.gated_activation import gated_activation
+    from engine.kernels.jacobi_accept import jacobi_accept
+    from engine.kernels.jacobi_pack import jacobi_pack
+    from engine.kernels.jacobi_state import Field, JacobiState, PackedRows, Phase, Rate
     from engine.kernels.linear import LinearWeight, embedding, linear
     from engine.kernels.linear_argmax import linear_argmax
+    from engine.kernels.linear_sample import linear_sample
     from engine.kernels.native import native_name
     from engine.kernels.paged_attention import PAGE_SIZE, KVLayout, kv_cache_shapes, paged_attention
     from engine.kernels.rms_norm import rms_norm
@@ -32,16 +36,24 @@ else:
         "PAGE_SIZE",
         "ConsistencyLoss",
         "ConsistencyLossOutput",
+        "Field",
+        "JacobiState",
         "KVLayout",
         "LinearWeight",
         "LossStats",
+        "PackedRows",
+        "Phase",
+        "Rate",
         "consistency_loss",
         "embedding",
         "gated_activation",
+        "jacobi_accept",
+        "jacobi_pack",
         "kv_cache_shapes",
         "kv_write",
         "linear",
         "linear_argmax",
+        "linear_sample",
         "native_name",
         "paged_attention",
         "rms_norm",

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from engine.kernels.native import Impl, choose, is_native_index, is_native_layout, new_output
+from engine.kernels.triton_choice import choose_triton
 
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
+
+TRITON_REQUIREMENT = (
+    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head, '
+    "contiguous int32 indices, all on one device and of shapes that belong together, a positive scale, and no gradient"
+)
 
 KVLayout = Literal["panels", "nhd"]
 """How a page lies in memory: ``panels`` is what the C++ kernels read, ``nhd`` what those on GPUs do."""
@@ -39,6 +45,7 @@ def paged_attention(
     scale: float,
     softcap: float | None = None,
     window: int = 0,
+    longest: int | None = None,
     layout: KVLayout = "panels",
     impl: Impl = "auto",
 ) -> Tensor:
@@ -48,9 +55,20 @@ def paged_attention(
     owns rows row_start[s] .. row_start[s + 1] (int32 [s + 1]), at consecutive positions from first_position[s] (int32),
     and pages block_table[s] (int32 [s, max pages]); rows behind the last sequence's belong to none, and what comes out for
     them is undefined. Caches as ``kv_cache_shapes`` says. A query at position p sees keys in (p - window, p], all up to p
-    where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``. With the C++ kernel a row's bits do not
-    depend on the other rows.
+    where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``.
+
+    ``longest``: about the most positions a sequence has, or will have where a captured graph is replayed; by default what
+    block_table has room for. The GPU's kernels divide their work by it, nothing else depends on it.
+
+    With the C++ kernel a row's bits do not depend on the other rows; with Triton's not on other sequences, given all
+    shapes and ``longest`` (engine/kernels/gpu/paged_attention.py says more). flash-attn is not among the implementations:
+    version 2 wants pages of 256 positions, and version 3, which takes any, was not at hand to be compared.
     """
+    tensors = (q, k_cache, v_cache, block_table, row_start, first_position)
+    if choose_triton(impl, q, _fits_triton(*tensors, heads, scale, softcap, layout), TRITON_REQUIREMENT):
+        from engine.kernels.gpu import paged_attention as gpu
+
+        return gpu.paged_attention(*tensors, heads, scale, softcap or None, window, longest)
     kv_heads, head_dim = _heads(k_cache, layout)
     indices = (block_table, row_start, first_position)
     supported = (
@@ -112,6 +130,34 @@ def _reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[rows] = _weighted_sum(weights, v.float(), first).permute(2, 0, 1, 3).reshape(count, -1).to(q.dtype)
     return out
+
+
+def _fits_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row_start: Tensor, first_position: Tensor,
+    heads: int, scale: float, softcap: float | None, layout: KVLayout,
+) -> bool:  # fmt: skip
+    """Whether the inputs are what TRITON_REQUIREMENT says."""
+    if layout != "nhd" or k_cache.dim() != 4 or q.dim() != 2 or block_table.dim() != 2:
+        return False
+    kv_heads, head_dim = k_cache.shape[2:]
+    indices, floats = (block_table, row_start, first_position), (q, k_cache, v_cache)
+    return (
+        k_cache.shape == v_cache.shape == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim, "nhd")[0]
+        and 0 < head_dim <= 256
+        and heads % kv_heads == 0
+        and 0 < heads // kv_heads <= 64
+        and q.shape[1] >= heads * head_dim
+        and q.stride(1) == 1
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(t.dtype is q.dtype and t.is_contiguous() for t in (k_cache, v_cache))
+        and all(t.dtype is torch.int32 and t.is_contiguous() for t in indices)
+        and all(t.device == q.device for t in (*floats, *indices))
+        and row_start.shape == (block_table.shape[0] + 1,)
+        and first_position.shape == block_table.shape[:1]
+        and scale > 0
+        and (not softcap or softcap > 0)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in floats))
+    )
 
 
 def _heads(k_cache: Tensor, layout: KVLayout) -> tuple[int, int]:

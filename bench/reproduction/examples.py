@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -24,6 +24,8 @@ FUNCTION_WORDS = frozenset(
     "there which who when how what into about up out more most also".split()
 )
 WORD = re.compile(r"\s*\S+")
+PLAIN_WORD = re.compile(r"(?<= )[A-Za-z]+(?![A-Za-z'’])")
+"""Letters behind a space, which the tokenizer splits by themselves."""
 EDIT_WEIGHT = 4.0  # most answer tokens are plain copies; those at a correction are what is left to learn
 SENTENCE_END = re.compile(r"[.!?][\"')*]*$")
 
@@ -169,6 +171,35 @@ class ExampleMaker:
         if ends and self.rng.random() < 0.85:
             chunk = chunk[: ends[-1]]
         return "".join(chunk).strip()
+
+
+def words_by_tokens(words: Sequence[str], tokenizer: Tokenizer) -> dict[int, list[str]]:
+    """The words by how many tokens they have behind a space."""
+    groups: dict[int, list[str]] = {}
+    for word in words:
+        groups.setdefault(len(tokenizer.encode(f" {word}").ids), []).append(word)
+    return groups
+
+
+def substitute(text: str, rng: random.Random, groups: dict[int, list[str]], tokenizer: Tokenizer) -> str:
+    """Return ``text`` with a light random share of its words replaced by others of as many tokens.
+
+    Every token that is not replaced keeps its place, which ``damage`` does not promise.
+    """
+    rate = rng.uniform(0.03, 0.15)
+
+    def other(match: re.Match[str]) -> str:
+        word = match[0]
+        return rng.choice(groups.get(len(tokenizer.encode(f" {word}").ids), [word])) if rng.random() < rate else word
+
+    return PLAIN_WORD.sub(other, text)
+
+
+def passage(text: str, rng: random.Random) -> str:
+    """``text`` from the start of one of its sentences on."""
+    pieces = WORD.findall(text)
+    starts = [0] + [i + 1 for i in range(len(pieces) - 1) if SENTENCE_END.search(pieces[i])]
+    return "".join(pieces[rng.choice(starts) :]).strip()
 
 
 def cut(text: str, max_tokens: int, tokenizer: Tokenizer) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,12 @@ class Judge:
 
 
 @torch.no_grad()
-def losses(folder: Path, path: Path) -> Columns:
+def losses(folder: Path, path: Path, prompts: int | None = None) -> Columns:
     """Per trajectory of a file, in nats per token: cross entropy of the best response, and divergence given every draft."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     columns: Columns = {"prompt": [], "ar": [], "consistency": [], "agrees": []}
-    for number, trajectory in enumerate(load(str(path), tokenizer)):
+    for number, trajectory in enumerate(islice(load(str(path), tokenizer), prompts)):
         collate = TrajectoryCollator(tokenizer.pad_token_id, drafts=len(rank(trajectory)), window=TRAINED_TOKENS)
         out = train_step(model, collate([trajectory]), omega=1.0, return_stats=True)
         columns["prompt"].append(number)
@@ -105,11 +106,15 @@ def losses(folder: Path, path: Path) -> Columns:
     return columns
 
 
-def measure(folder: Path, data: Path, mt_bench: Path | None) -> dict[str, Any]:
-    """All figures of one checkpoint."""
+def measure(folder: Path, data: Path, mt_bench: Path | None, prompts: int | None = None) -> dict[str, Any]:
+    """All figures of one checkpoint; ``prompts``: on the first ones of every set alone."""
+
+    def first(cases: list[Case]) -> list[Case]:
+        return [case for case in cases if prompts is None or case.prompt < prompts]
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     measured: dict[str, Any] = {"losses": {}, "sets": {}}
-    plain, repair = (ranked_cases(data / f"{name}.jsonl", tokenizer) for name in ("plain", "repair"))
+    plain, repair = (first(ranked_cases(data / f"{name}.jsonl", tokenizer)) for name in ("plain", "repair"))
     sets = measured["sets"]
     with Refiner.from_pretrained(folder, max_batch_tokens=4096) as refiner:
         judge = Judge(refiner, tokenizer, JUDGED_TOKENS)
@@ -118,12 +123,12 @@ def measure(folder: Path, data: Path, mt_bench: Path | None) -> dict[str, Any]:
         for control in CONTROLS[1:]:
             sets["plain"][control] = judge.judge(controlled(few, control, len(tokenizer), JUDGED_TOKENS))
         if mt_bench:
-            cases = spread(mt_bench_cases(mt_bench, tokenizer), 1, every=2)
+            cases = spread(first(mt_bench_cases(mt_bench, tokenizer)), 1, every=2)
             sets["mt_bench"] = {"given": judge.judge(cases, iterates=False)}
         judge = Judge(refiner, tokenizer, TRAINED_TOKENS)
         sets["repair"] = {"given": judge.judge(repair)}
     for name in ("plain", "repair"):
-        measured["losses"][name] = losses(folder, data / f"{name}.jsonl")
+        measured["losses"][name] = losses(folder, data / f"{name}.jsonl", prompts)
     return measured
 
 
@@ -143,6 +148,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER", help=text)
     parser.add_argument("--data", type=Path, required=True, help="folder written by bench.reproduction.data")
     parser.add_argument("--mt-bench", type=Path, help="JSON lines with turns and drafts: steps on these as well")
+    parser.add_argument("--prompts", type=int, help="measure on so many prompts of every set alone (3 or more)")
     parser.add_argument("--results", type=Path, default=RESULTS / "reproduction.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -151,7 +157,7 @@ def main() -> None:
         name, _, folder = item.partition("=")
         trained = (Path(folder) / "model").exists()
         checkpoint = Path(folder, "model") if trained else Path(folder)
-        measured = measure(checkpoint, args.data, args.mt_bench)
+        measured = measure(checkpoint, args.data, args.mt_bench, args.prompts)
         results["runs"][name] = (history(Path(folder)) if trained else {}) | measured
         args.results.write_text(dump(results))
         print(f"measured {name}", flush=True)

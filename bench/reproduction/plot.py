@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "reproduction.json")
     parser.add_argument("--out", type=Path, default=RESULTS / "reproduction_loss.png")
     args = parser.parse_args()
+    if not find_spec("matplotlib"):
+        print("no plot: matplotlib is not installed (pip install 'diffpo-engine[plot]')")
+        return
     plot(json.loads(args.results.read_text())["runs"], args.out)
 
 

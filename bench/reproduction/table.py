@@ -197,28 +197,45 @@ def by_model(results: dict[str, Any], kind: str) -> str:
     return markdown(head, rows)
 
 
-def correctors(checkpoints: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Checkpoints that correct drafts shown in their prompt; damaged drafts of all seeds together."""
+def correctors(checkpoints: dict[str, dict[str, Columns]]) -> str:
+    """Checkpoints that correct drafts shown in their prompt, compared with the first on the same damaged drafts."""
+    reference, first = next(iter(checkpoints.items()))
+    baseline = by_prompt(first["repair"], "output_vs_clean")
     head = [
         "checkpoint",
         "demo: output to draft",
         "real: output to draft",
-        "damaged drafts",
-        "draft to clean",
+        "damaged: draft to clean",
         "output to clean",
+        f"minus {reference}",
+        "better",
+        "repaired",
+        "cut short",
+        "undamaged kept",
+        "tokens per step",
     ]
-    head += ["better", "clean", "cut short", "undamaged kept"]
     rows = []
     for name, sets in checkpoints.items():
-        repairs = [figures for kind, figures in sets.items() if kind.startswith("repair")]
-        damaged = sum(figures["damaged"] for figures in repairs)
-        means = (sum(f[key] * f["damaged"] for f in repairs) / damaged for key in ("draft_vs_clean", "output_vs_clean"))
-        intact = sum(figures["intact"] for figures in repairs)
-        counts = [sum(figures[key] for figures in repairs) for key in ("better", "exact", "cut_short", "intact_kept")]
-        kept = (f"{sets[kind]['output_vs_draft']:.3f}" if kind in sets else "–" for kind in ("demo", "real"))
-        shown = [*(f"{mean:.3f}" for mean in means), *map(str, counts[:3]), f"{counts[3]} of {intact}"]
-        rows.append([name, *kept, str(damaged), *shown])
+        repairs = sets["repair"]
+        cleaned = by_prompt(repairs, "output_vs_clean")
+        rows.append(
+            [
+                name,
+                *(cell(by_prompt(sets[kind], "output_vs_draft")) if kind in sets else "–" for kind in ("demo", "real")),
+                plain_cell(by_prompt(repairs, "draft_vs_clean")),
+                cell(cleaned),
+                "" if name == reference else cell(less(cleaned, baseline)),
+                *(count(repairs, column) for column in ("better", "repaired", "cut_short", "kept")),
+                cell(accepted(repairs), 1),
+            ]
+        )
     return markdown(head, rows)
+
+
+def count(columns: Columns, name: str) -> str:
+    """How often a column is true, of how many."""
+    known = [value for value in columns[name] if value is not None]
+    return f"{sum(known)} of {len(known)}"
 
 
 def report(results: dict[str, Any]) -> str:

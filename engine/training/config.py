@@ -112,6 +112,9 @@ class TrainConfig:
     """Stop when a step's loss is this many times the median of the last 50 steps' (NaN and infinity always stop); 0: never."""
     report_to: tuple[str, ...] = _free(())
     """Trackers of transformers that get the log too, such as tensorboard or wandb."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = _free(None)
+    """Of the refiner's weights in model/, rounded once training is over; null: as they were trained. Checkpoints stay as they
+    are, so that the same command goes on from them."""
     overwrite: bool = _free(False)
     """Start anew in an output that holds another run, or this one finished."""
 

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from engine.errors import TrainingDiverged
+from engine.errors import EngineError, TrainingDiverged
 from engine.jacobi import Vocabulary
 from engine.job.interrupt import Interrupted
 from engine.training.checkpoint import checkpoints, published, remove_old
@@ -231,15 +231,30 @@ class RefinerTrainer(Trainer):
             self._save(output_dir, state_dict=state)
 
     def save_refiner(self, folder: Path) -> None:
-        """The trained model, adapters merged, and its tokenizer, as ``Refiner.from_pretrained`` reads them."""
+        """The trained model, adapters merged, and its tokenizer, as ``Refiner.from_pretrained`` reads them.
+
+        Merges the adapters of this trainer's model, and rounds its weights to ``save_dtype``: nothing is trained after it.
+        """
         with published(folder, writes=self.args.should_save, wait=self.accelerator.wait_for_everyone) as partial:
+            model: Any = self.model
+            model = model.merge_and_unload() if self.config.lora_rank else model
+            if self.config.save_dtype is not None:
+                model.to(getattr(torch, self.config.save_dtype))
             state = self._gathered()
             if self.args.should_save:
-                model: Any = self.model
-                model = model.merge_and_unload() if self.config.lora_rank else model
+                self._check_rounded(model.state_dict() if state is None else state)
                 model.config.use_cache = True  # the trainer has switched it off
                 model.save_pretrained(partial, state_dict=state)
                 self.tokenizer.save_pretrained(str(partial))
+
+    def _check_rounded(self, state: dict[str, Tensor]) -> None:
+        """Raises EngineError: float16 ends at 65504, and a weight beyond it would be infinite without a word."""
+        lost = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+        if lost and self.config.save_dtype == "float16":
+            raise EngineError(
+                f"save_dtype=float16 cannot hold the weights of {lost[0]}: it ends at 65504; the same command with "
+                "save_dtype=bfloat16 goes on from the last checkpoint"
+            )
 
     def _gathered(self) -> dict[str, Any] | None:
         """On the first process the weights of a sharded model, of which every process has a part; None if it is whole."""

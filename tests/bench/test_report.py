@@ -1,17 +1,17 @@
-"""The README's tables are those of the committed results."""
+"""The READMEs' tables are those of the committed results."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench.report import README, consistency_loss, render, sparse_loss, training_step
+from bench.report import PAGES, TABLES, consistency_loss, render, sparse_loss, training_step
 
 
-def test_readme_shows_the_committed_results() -> None:
-    text = README.read_text()
-    assert render(text) == text, "run python -m bench.report --write"
-    assert text.count("<!-- /") >= 2
+def test_readmes_show_the_committed_results() -> None:
+    texts = [page.read_text() for page in PAGES]
+    assert [render(text) for text in texts] == texts, "run python -m bench.report --write"
+    assert sum(text.count(f"<!-- /{name} -->") for text in texts for name in TABLES) == len(TABLES)
 
 
 def test_tables_say_what_the_results_say(tmp_path: Path) -> None:

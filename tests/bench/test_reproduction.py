@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.measure import RESULTS
 from bench.reproduction import measure as measuring
 from bench.reproduction.cases import CONTROLS, Case, controlled, ranked_cases, spread
-from bench.reproduction.data import HELD_OUT, prepare
+from bench.reproduction.data import CORRECTIONS, HELD_OUT, VALIDATION, prepare
 from bench.reproduction.examples import FILLERS, damage
 from bench.reproduction.measure import Judge, agreement, dump, losses
 from bench.reproduction.plot import smooth
-from bench.reproduction.repair import figures
-from bench.reproduction.table import accepted, by_prompt, interval, less, report
+from bench.reproduction.repair import columns, damaged
+from bench.reproduction.table import accepted, by_prompt, correctors, interval, less, report
 from engine import Refiner
 from engine.refiner import DEFAULT_CHECKPOINT
 from engine.trajectories.dataset import load
@@ -28,6 +28,7 @@ from tests.engine.training.references import plain_loss
 
 WORDS = "a small refiner reads the draft of an answer and writes it again with fewer mistakes than there were".split()
 MODELS = ("one", "two", "three")
+PROMPTS = 12 + VALIDATION + HELD_OUT
 
 
 def response_rows(count: int) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def response_rows(count: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reproduction")
-    rows = response_rows(HELD_OUT + 12)
+    rows = response_rows(PROMPTS)
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare(folder / "responses.jsonl", DEFAULT_CHECKPOINT, folder / "out", seed=0)
     return folder / "out"
@@ -56,12 +57,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_held_out_prompts_are_not_trained_on(data: Path) -> None:
     train = (data / "train.jsonl").read_text()
-    assert len(rows_of(data / "train.jsonl")) == 2 * 12
-    for number in range(12, 12 + HELD_OUT):
+    held_out = range(PROMPTS - HELD_OUT, PROMPTS)
+    assert len(rows_of(data / "train.jsonl")) == 2 * (PROMPTS - HELD_OUT)
+    for number in held_out:
         assert f"Question {number}?" not in train
     for name in ("plain", "repair"):
         assert [row["prompt"].split("?")[0] for row in rows_of(data / f"{name}.jsonl")] == [
-            f"Question {number}" for number in range(12, 12 + HELD_OUT)
+            f"Question {number}" for number in held_out
         ]
 
 
@@ -74,6 +76,38 @@ def test_a_repair_leads_from_the_draft_in_its_prompt_to_a_real_response(data: Pa
         assert row["prompt"].endswith(f"Draft answer:\n{draft['text']}")
         assert clean["text"] in texts
         changed += draft["text"] != clean["text"]
+    assert changed
+
+
+def test_corrections_leave_out_the_prompts_that_are_chosen_on(data: Path) -> None:
+    rows = rows_of(data / "corrections.jsonl")
+    asked = {row["prompt"].split("?")[0] for row in rows}
+    assert asked == {f"Question {number}" for number in range(PROMPTS - VALIDATION - HELD_OUT)}
+    assert len(rows) == len(asked) * CORRECTIONS
+
+
+def test_what_ships_is_chosen_on_prompts_that_do_not_judge_it(data: Path) -> None:
+    core = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT).backend_tokenizer
+    chosen_on, judged = (damaged(data.parent / "responses.jsonl", core, [7, 8], validation=v) for v in (True, False))
+    first = PROMPTS - HELD_OUT - VALIDATION
+    assert [row["prompt"] for row in chosen_on] == 2 * [f"Question {first + i}?" for i in range(VALIDATION)]
+    assert [row["prompt"] for row in judged] == 2 * [f"Question {first + VALIDATION + i}?" for i in range(HELD_OUT)]
+    assert [row["number"] for row in judged] == 2 * list(range(HELD_OUT))
+    assert [row["draft"] for row in judged[:HELD_OUT]] != [row["draft"] for row in judged[HELD_OUT:]]
+    best = {row["prompt"]: row["responses"] for row in rows_of(data / "trajectories.jsonl")}
+    for row in judged:
+        assert row["clean"] == max(best[row["prompt"]], key=lambda r: r["reward"])["text"]
+
+
+def test_drafts_of_corrections_keep_every_token_in_its_place(data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
+    changed = 0
+    for row in rows_of(data / "corrections.jsonl"):
+        texts = [r["text"] for r in sorted(row["responses"], key=lambda r: r["reward"])]
+        lengths = [[len(tokenizer(f" {word}").input_ids) for word in text.split()] for text in texts]
+        assert lengths[0] == lengths[1]
+        assert len({len(tokenizer(text).input_ids) for text in texts}) == 1
+        changed += texts[0] != texts[1]
     assert changed
 
 
@@ -224,17 +258,32 @@ def test_the_committed_results_make_all_tables() -> None:
     assert json.loads(dump(results)) == results
 
 
-def test_repairs_are_judged_on_the_damaged_drafts_alone() -> None:
-    rows = [
-        {"draft": "a b c d", "output": "a b x d", "clean": "a b x d"},
-        {"draft": "a b c d", "output": "a b", "clean": "a b x d"},
-        {"draft": "a b", "output": "a b", "clean": "a b"},
+def repair_rows(*outputs: str) -> list[dict[str, Any]]:
+    texts = [("a b c d", "a b x d"), ("a b c d", "a b x d"), ("a b", "a b")]
+    return [
+        {"number": n, "draft": draft, "clean": clean, "output": output, "tokens": 12, "steps": n + 1}
+        for n, ((draft, clean), output) in enumerate(zip(texts, outputs, strict=True))
     ]
-    made = figures(rows)
-    assert made["draft_vs_clean"] == 0.75
-    assert made["output_vs_clean"] == pytest.approx((1 + 4 / 6) / 2, abs=1e-4)
-    counts = ("damaged", "exact", "better", "cut_short", "intact", "intact_kept")
-    assert [made[name] for name in counts] == [2, 1, 1, 1, 1, 1]
+
+
+def test_repairs_are_judged_on_the_damaged_drafts_alone() -> None:
+    made = columns(repair_rows("a b x d", "a b", "a b"))
+    assert made["draft_vs_clean"] == [0.75, 0.75, None]
+    assert made["output_vs_clean"] == [1.0, pytest.approx(4 / 6, abs=1e-4), None]
+    assert made["better"] == made["repaired"] == [True, False, None]
+    assert made["kept"] == [None, None, True]
+    assert made["cut_short"] == [False, True, False]
+    assert made["output_vs_draft"] == [0.75, pytest.approx(4 / 6, abs=1e-4), 1.0]
+
+
+def test_correctors_are_compared_with_the_first_on_the_same_drafts() -> None:
+    first, second = columns(repair_rows("a b", "a b", "a b")), columns(repair_rows("a b x d", "a b x d", "a"))
+    (_, _, _, row) = correctors({"one": {"repair": first}, "two": {"repair": second}}).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4:] == [
+        "1.000 (1.000 to 1.000)", "0.333 (0.333 to 0.333)", "2 of 2", "2 of 2", "1 of 3", "0 of 1",
+        "7.3 (4.0 to 12.0)",
+    ]  # fmt: skip
 
 
 def test_curves_are_running_means() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from engine import RefineOptions, Refiner
 from engine.kernels import LinearWeight
+from engine.kernels.gumbel_noise import gumbel_noise
 from engine.model import Head
-from engine.sampling import gumbel_noise, nucleus, sample
+from engine.sampling import nucleus, sample
 from tests.engine.checkpoints import FAMILIES, VOCABULARY, Oracle, prompts
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

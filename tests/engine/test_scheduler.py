@@ -30,6 +30,8 @@ class Ledger:
     to its own. A wrong page, slot, position or a row not yet valid therefore gives a wrong answer.
     """
 
+    takes_padding = False
+
     def __init__(self) -> None:
         self.head = Head(LinearWeight.from_dense(torch.eye(SIZE)), None, None)
         self.max_positions = 10_000

@@ -7,7 +7,7 @@ error a kernel is measured by (``assert_accurate``).
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,9 +93,13 @@ def rotation_table(positions: int, head_dim: int) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, first_position: int, scale: float, softcap: float | None = None, window: int = 0
-) -> Tensor:
-    """Of one sequence: q [rows, heads, head_dim], k and v [length, kv_heads, head_dim] -> [rows, heads, head_dim]."""
+    q: Tensor, k: Tensor, v: Tensor, first_position: int, scale: float, softcap: float | None = None, window: int = 0,
+    rounded: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """Of one sequence: q [rows, heads, head_dim], k and v [length, kv_heads, head_dim] -> [rows, heads, head_dim].
+
+    ``rounded``: the weights and the result are, as an implementation in that type cannot avoid.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     seen = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
@@ -103,7 +107,10 @@ def attention(
         position = first_position + row
         seen[row, max(0, position - window + 1) if window else 0 : position + 1] = True
     scores = soft_capped(torch.einsum("ihd,jhd->hij", q, k) * scale, softcap)
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    if rounded is None:
+        return torch.einsum("hij,jhd->ihd", weights, v)
+    return torch.einsum("hij,jhd->ihd", weights.to(rounded).to(v.dtype), v).to(rounded)
 
 
 @dataclass(frozen=True)
@@ -123,18 +130,26 @@ class PagedCase:
     heads: int
 
     def exact(
-        self, dtype: torch.dtype, *, scale: float, softcap: float | None, window: int, absolute: bool = False
-    ) -> Tensor:
+        self, dtype: torch.dtype, *, scale: float, softcap: float | None, window: int, absolute: bool = False,
+        rounded: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
         """What attention should give, computed in ``dtype``; ``absolute``: with the values' absolute values."""
-        head_dim = self.k_cache.shape[2]
+        head_dim = self.k[0].shape[2]
         q = self.q[:, : self.heads * head_dim].to(dtype).unflatten(1, (self.heads, head_dim))
         bounds, first = self.row_start.tolist(), self.first_position.tolist()
         parts = []
         for s, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
             values = v.abs() if absolute else v
             rows = q[bounds[s] : bounds[s + 1]]
-            parts.append(attention(rows, k.to(dtype), values.to(dtype), first[s], scale, softcap, window))
+            parts.append(attention(rows, k.to(dtype), values.to(dtype), first[s], scale, softcap, window, rounded))
         return torch.cat(parts).flatten(1)
+
+    def of_type(self, dtype: torch.dtype) -> "PagedCase":
+        """With queries, keys and values rounded to ``dtype``."""
+        k, v = ([part.to(dtype) for part in parts] for parts in (self.k, self.v))
+        return replace(
+            self, q=self.q.to(dtype), k=k, v=v, k_cache=self.k_cache.to(dtype), v_cache=self.v_cache.to(dtype)
+        )
 
 
 @functools.cache

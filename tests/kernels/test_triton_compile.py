@@ -21,7 +21,7 @@ from tests.kernels.ahead_of_time.compiling import (  # noqa: E402
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[2] / "bench/results/triton_aot"
-SPILLED_BY_3_6 = {("consistency_loss", 80): 68, ("consistency_loss", 100): 8}
+SPILLED_BY_3_6 = {("consistency_loss", 80): 68, ("consistency_loss", 100): 8, ("paged_attention", 80): 124}
 """Bytes, by Triton 3.6 in one kernel each; later versions spill nothing."""
 NEW = "if that is intended, run python -m bench.triton_table and commit its output"
 
@@ -36,7 +36,7 @@ def table(operation: str) -> dict[str, Any]:
     ("operation", "shape"), [(name, shape) for name, op in OPERATIONS.items() for shape in op.SHAPES]
 )
 def test_figures(operation: str, shape: str, chip: int) -> None:
-    launches = {launch.name: launch for launch in OPERATIONS[operation].launches(shape)}
+    launches = {launch.name: launch for launch in OPERATIONS[operation].launches(shape) if chip in launch.chips}
     before = table(operation)
     committed = before["figures"][shape][f"sm_{chip}"]
     assert launches.keys() == committed.keys(), f"other kernels than in the table: {NEW}"
@@ -61,7 +61,8 @@ def test_table_names_no_spill_and_every_product_on_tensor_cores(operation: str) 
             for name, found in kernels.items():
                 assert found["spilled"] == 0, (shape, chip, name)
                 multiplies = OPERATIONS[operation].multiplies(name, shape)
-                expected = TENSOR_CORES[int(chip.removeprefix("sm_"))] if multiplies else None
+                best = TENSOR_CORES[int(chip.removeprefix("sm_"))]
+                expected = best if multiplies is True else multiplies or None
                 assert found["tensor_cores"] == expected, (shape, chip, name)
 
 

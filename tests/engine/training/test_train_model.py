@@ -45,6 +45,38 @@ def test_the_refiner_loads(tied: bool, tmp_path: Path) -> None:
     assert result.token_ids == expected
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lr": 1e-2}], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_refiner_is_saved_in_another_dtype(dtype: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """The same training, each weight rounded once; checkpoints as before."""
+    exact, rounded = (small_run(tmp_path, output=str(tmp_path / name), **changes) for name in ("exact", "rounded"))
+    assert run(exact) == 0
+    assert run({**rounded, "save_dtype": dtype}) == 0
+    trained, saved = (weights(tmp_path / name / "model") for name in ("exact", "rounded"))
+    assert_same(saved, {name: value.to(getattr(torch, dtype)) for name, value in trained.items()})
+    optimizers = [optimizer_state(tmp_path / name / "checkpoint-9") for name in ("exact", "rounded")]
+    assert_same(*optimizers)
+    assert json.loads((tmp_path / "rounded" / "model" / "config.json").read_text())["dtype"] == dtype
+    with Refiner.from_pretrained(tmp_path / "rounded" / "model") as refiner:
+        [result] = refiner.refine([{"prompt_ids": [7, 8, 9], "draft_ids": [5, 6]}], RefineOptions(max_new_tokens=4))
+    assert result.error is None
+
+
+def test_weights_beyond_float16_are_not_saved_as_infinity(tmp_path: Path, capfd: Any) -> None:
+    settings = small_run(tmp_path, steps=1, epochs=1.0)
+    model = AutoModelForCausalLM.from_pretrained(settings["model"])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e-5)
+        model.model.norm.weight[0] = 1e5  # float16 ends at 65504
+    model.save_pretrained(settings["model"])
+    assert run({**settings, "save_dtype": "float16"}) == 1
+    said = capfd.readouterr().err
+    assert "save_dtype=float16 cannot hold the weights of model.norm.weight" in said
+    assert not Path(settings["output"], "model").exists()
+    assert run({**settings, "save_dtype": "bfloat16"}) == 0
+    assert weights(Path(settings["output"], "model"))["model.norm.weight"][0].isfinite()
+
+
 def test_lora(tmp_path: Path) -> None:
     """Adapters alone are trained, kept and gone on from; the refiner is the base with them added."""
     settings = small_run(

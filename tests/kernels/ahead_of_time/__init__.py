@@ -2,11 +2,24 @@
 
 from types import ModuleType
 
-from tests.kernels.ahead_of_time import consistency_loss, gated_activation, rms_norm, rope_kv_write
+from tests.kernels.ahead_of_time import (
+    consistency_loss,
+    gated_activation,
+    jacobi,
+    linear_argmax,
+    linear_sample,
+    paged_attention,
+    rms_norm,
+    rope_kv_write,
+)
 
 OPERATIONS: dict[str, ModuleType] = {
     "consistency_loss": consistency_loss,
     "gated_activation": gated_activation,
+    "jacobi": jacobi,
+    "linear_argmax": linear_argmax,
+    "linear_sample": linear_sample,
+    "paged_attention": paged_attention,
     "rms_norm": rms_norm,
     "rope_kv_write": rope_kv_write,
 }

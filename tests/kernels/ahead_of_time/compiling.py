@@ -1,7 +1,7 @@
 """Triton kernels compiled as their launchers would launch them, for chips that need not be here.
 
 Every operation has a module here with ``MODULES`` (where its kernels are), ``SHAPES`` (names), ``launches(shape)`` and
-``multiplies(kernel, shape)``: whether tensor cores must be in use.
+``multiplies(kernel, shape)``: whether tensor cores must be in use, or by which instruction if not by the chip's best.
 """
 
 import re
@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +37,11 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int]
+    chips: tuple[int, ...] = CHIPS
+    """On which it is launched so."""
+
+    def only_for(self, chip: int) -> "Launch":
+        return replace(self, chips=(chip,))
 
     @property
     def name(self) -> str:
@@ -124,7 +129,7 @@ def figures(launch: Launch, chip: int) -> Figures:
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", chip, 32), options=launch.options)
     ptx = compiled.asm["ptx"]
     registers, spilled = usage(ptx, chip)
-    instruction = TENSOR_CORES[chip] if TENSOR_CORES[chip] in ptx else None
+    instruction = next((name for name in (TENSOR_CORES[chip], "mma.sync") if name in ptx), None)
     return Figures(registers, spilled, compiled.metadata.shared, instruction, widest_load(ptx))
 
 

@@ -1,0 +1,125 @@
+"""How a step of the device loop is launched: operation by operation, or as a CUDA graph that was captured once."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger("engine.step_runner")
+
+
+class StepRunner(Protocol):
+    """Runs a step of a given number of packed rows; what it works on stays at the same addresses."""
+
+    def launch(self, rows: int) -> None:
+        """Starts a step and does not wait for it."""
+
+    def close(self) -> None:
+        """Frees what launching needs."""
+
+
+class EagerRunner:
+    """Runs the step's operations one by one, on any device."""
+
+    def __init__(self, step: Callable[[int], None]) -> None:
+        self._step = step
+
+    def launch(self, rows: int) -> None:
+        self._step(rows)
+
+    def close(self) -> None:
+        pass
+
+
+class Graph(Protocol):
+    """A captured step; torch.cuda.CUDAGraph is one."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """Where a step is warmed up and captured."""
+
+    def side_stream(self) -> AbstractContextManager[None]:
+        """The context to warm up in."""
+
+    def capture(self, step: Callable[[], None]) -> Graph:
+        """The graph of what ``step`` launches, which does not run now."""
+
+
+class CudaRecorder:
+    """Warms up and captures on one stream, so that libraries find the workspaces they made, into one memory pool.
+
+    All graphs may share it: a step leaves nothing behind but in tensors that are not the pool's, and no two run at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def side_stream(self) -> "_SideStream":
+        return _SideStream(self._stream)
+
+    def capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls can spoil the capture: another may be using the GPU in the same process.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            step()
+        return graph
+
+
+class _SideStream:
+    """Work inside comes after what the current stream holds and before what it gets."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._context = torch.cuda.stream(stream)
+
+    def __enter__(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+class GraphRunner:
+    """One graph per number of rows. Not run on a GPU yet: its bookkeeping is tested with graphs that are none.
+
+    The first step of a size runs as it is on the side stream, where kernels are compiled and libraries allocate; the second
+    is captured, and from then on replayed. A size whose capture fails goes on as its first step did.
+    """
+
+    def __init__(self, step: Callable[[int], None], recorder: Recorder) -> None:
+        self._step, self._recorder = step, recorder
+        self._warm: set[int] = set()
+        self._graphs: dict[int, Graph] = {}
+        self._failed: set[int] = set()
+
+    def launch(self, rows: int) -> None:
+        if rows in self._warm and rows not in self._graphs and rows not in self._failed:
+            self._capture(rows)
+        if graph := self._graphs.get(rows):
+            graph.replay()
+            return
+        with self._recorder.side_stream():
+            self._step(rows)
+        self._warm.add(rows)
+
+    def close(self) -> None:
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._warm.clear()
+
+    def _capture(self, rows: int) -> None:
+        try:
+            self._graphs[rows] = self._recorder.capture(lambda: self._step(rows))
+        except RuntimeError as error:
+            self._failed.add(rows)
+            logger.warning("a step of %d rows cannot be captured as a CUDA graph and runs without: %s", rows, error)
