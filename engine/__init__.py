@@ -9,13 +9,16 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from engine.async_refiner import AsyncRefiner
     from engine.errors import (
+        DeadlineExceeded,
         EngineDead,
         EngineError,
         InvalidRequest,
         InvalidTrajectory,
         NonFiniteLogits,
         OutOfMemory,
+        QueueFull,
         RequestTooLong,
         TrainingDiverged,
         UnsupportedModel,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from engine.options import DEFAULT_CONDITION, RefineOptions
     from engine.refiner import Refiner
     from engine.request import Request, Result
+    from engine.service.metrics import Metrics
+    from engine.service.ticket import Iterate
     from engine.session import Session
     from engine.training import TrainStepOutput, Trajectory, TrajectoryCollator, train_step
 
@@ -31,14 +36,19 @@ logging.getLogger("engine").addHandler(logging.NullHandler())
 
 __all__ = [
     "DEFAULT_CONDITION",
+    "AsyncRefiner",
     "ConsistencyLoss",
     "ConsistencyLossOutput",
+    "DeadlineExceeded",
     "EngineDead",
     "EngineError",
     "InvalidRequest",
     "InvalidTrajectory",
+    "Iterate",
+    "Metrics",
     "NonFiniteLogits",
     "OutOfMemory",
+    "QueueFull",
     "RefineOptions",
     "Refiner",
     "Request",
@@ -55,6 +65,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncRefiner": "async_refiner",
+    "Iterate": "service.ticket",
+    "Metrics": "service.metrics",
     "ConsistencyLoss": "kernels",
     "ConsistencyLossOutput": "kernels",
     "consistency_loss": "kernels",

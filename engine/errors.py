@@ -33,5 +33,24 @@ class TrainingDiverged(EngineError):
     """The loss or its gradient is not finite, or the loss exploded; that step was not taken."""
 
 
+class QueueFull(EngineError):
+    """The request was not taken, as too many wait already; nothing was begun for it."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which it is worth asking again, at the rate at which requests are served at the moment."""
+        return float(self.args[1])
+
+
+class DeadlineExceeded(EngineError):
+    """The answer was not ready at the request's deadline; what had been computed of it is dropped."""
+
+
 class EngineDead(EngineError):
-    """The refiner was closed."""
+    """The refiner was closed, or failed in a way that is no single request's."""

@@ -62,6 +62,13 @@ class JacobiSequence:
         return len(self.prompt) + self.options.max_new_tokens
 
     @property
+    def tentative(self) -> list[int]:
+        """The guess behind ``final``, as far as it would be returned if it were right."""
+        guess = self._guess[: self.options.max_new_tokens - len(self.final)]
+        end = next((i + 1 for i, token in enumerate(guess) if token in self.vocabulary.eos), len(guess))
+        return guess[:end]
+
+    @property
     def guess(self) -> list[int]:
         """What is taken to follow ``final``."""
         return list(self._guess)

@@ -1,8 +1,8 @@
 """The lean decoder: one configuration-driven forward pass for Llama, Mistral, Qwen2, Qwen3 and Gemma-2 over packed rows
 and a paged KV cache, with weights read straight from safetensors into the layout their kernels stream."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -109,6 +109,30 @@ class Decoder:
     ) -> "Decoder":
         """Copies the weights of a model in memory, ``tensors`` being its ``state_dict()``; raises as ``load`` does."""
         return _Loader(model_spec(config), TensorSource(tensors), dtype, device).decoder("the model in memory")
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Decoder":
+        """A decoder of the same configuration, dtype and device with other weights; raises as ``from_tensors`` does."""
+        source = TensorSource(tensors)
+        return _Loader(self.spec, source, self.embed.data.dtype, self.device).decoder("the model in memory")
+
+    @torch.no_grad()
+    def assign(self, other: "Decoder") -> None:
+        """Copies the weights of a decoder made by ``with_tensors`` into this one's own storage."""
+        if (other.head.weight is other.embed) != (self.head.weight is self.embed):
+            raise UnsupportedModel(
+                "head and embeddings must be one matrix in both models or in neither: tie or untie them alike"
+            )
+        for mine, theirs in zip(self._weights(), other._weights(), strict=True):
+            mine.copy_(theirs)
+
+    def _weights(self) -> Iterator[Tensor]:
+        for holder in (self.embed, self.head.weight, self.norm):
+            yield holder.data
+        for layer in self.layers:
+            for field in fields(layer):
+                value: LinearWeight | Tensor | None = getattr(layer, field.name)
+                if value is not None:
+                    yield value.data
 
     def new_cache(self, pages: int) -> KVCache:
         spec = self.spec

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from engine.batch import Feed, StepBatch
 from engine.device_loop import DeviceLoop
-from engine.errors import EngineError, OutOfMemory
+from engine.errors import EngineDead, EngineError, OutOfMemory
 from engine.jacobi import JacobiSequence
 from engine.kernels import linear_argmax, linear_sample
 from engine.kv_cache import KVCache, pages_for
 from engine.model import CausalModel
 from engine.sampling import sample
+
+PASSES_TO_RECOVER = 32
+"""Forward passes in a row that succeed with fewer rows, before twice as many are tried."""
 
 
 class Scheduler:
@@ -37,6 +40,8 @@ class Scheduler:
         self.waiting: deque[JacobiSequence] = deque()
         self.running: deque[JacobiSequence] = deque()
         self.looping: list[JacobiSequence] = []
+        self._rows = max_batch_tokens  # of the next pass: fewer than max_batch_tokens after one that failed
+        self._passes = 1  # that have succeeded since then
 
     @property
     def load(self) -> int:
@@ -60,20 +65,13 @@ class Scheduler:
     def step(self) -> list[JacobiSequence]:
         """One forward pass over what fits, one step of the loop; returns what ended, in their order of arrival."""
         self._admit()
-        feeds = self._plan()
-        if feeds:
-            self._advance(feeds)
+        moved = self._advance(self._plan())
+        done = self._take_ended(self.running)
+        # whoever did not fit into this pass is first in the next; after a failed one its first half is tried by itself
+        self.running.rotate(-sum(not sequence.finish_reason for sequence, _ in moved))
         if self.loop:
             self._step_loop(self.loop)
-        done: list[JacobiSequence] = []
-        for queue in (self.looping, self.running):
-            ended = [s for s in queue if s.finish_reason]
-            for sequence in ended:
-                queue.remove(sequence)
-                self._release(sequence)
-            done += ended
-        # whoever did not fit into this pass is first in the next
-        self.running.rotate(-sum(not sequence.finish_reason for sequence, _ in feeds))
+            done = self._take_ended(self.looping) + done
         return done
 
     def check_integrity(self) -> None:
@@ -100,7 +98,7 @@ class Scheduler:
         sequence.pages = []
 
     def _plan(self) -> list[tuple[JacobiSequence, Feed]]:
-        budget = self.max_batch_tokens
+        budget = self._rows
         active = [s for s in self.running if not s.finish_reason]
         feeds = []
         for i, sequence in enumerate(active):
@@ -119,7 +117,7 @@ class Scheduler:
         return self.loop is not None and self.loop.takes(sequence)
 
     def _step_loop(self, loop: DeviceLoop) -> None:
-        ready = [s for s in self.running if loop.takes(s) and not s.finish_reason and s.plan_prefill(1) is None]
+        ready = [s for s in self.running if loop.takes(s) and s.plan_prefill(1) is None]
         for sequence in ready:
             self.running.remove(sequence)
             self.looping.append(sequence)
@@ -129,20 +127,47 @@ class Scheduler:
         except (RuntimeError, MemoryError) as error:
             loop.fail(_typed(error))
 
-    def _advance(self, feeds: list[tuple[JacobiSequence, Feed]]) -> None:
+    def _take_ended(self, queue: deque[JacobiSequence] | list[JacobiSequence]) -> list[JacobiSequence]:
+        ended = [sequence for sequence in queue if sequence.finish_reason]
+        for sequence in ended:
+            queue.remove(sequence)
+            self._release(sequence)
+        return ended
+
+    def _advance(self, feeds: list[tuple[JacobiSequence, Feed]]) -> list[tuple[JacobiSequence, Feed]]:
+        """Runs the pass; the feeds that moved their sequences: all, or none where it failed."""
+        if not feeds:
+            return []
         try:
             batch = StepBatch.pack([feed for _, feed in feeds], self.model.device)
             predictions = self._predict(batch, feeds)
         except (RuntimeError, MemoryError) as error:
-            # it may be any one's doing: all of this pass end, and whoever waits is not held up by them
-            for sequence, _ in feeds:
-                sequence.fail(_typed(error))
-            return
+            self._failed(feeds, error)
+            return []
+        self._recover()
         start = 0
         for sequence, feed in feeds:
             count = len(feed.tokens) - feed.logit_start
             sequence.advance(feed, predictions[start : start + count])
             start += count
+        return feeds
+
+    def _failed(self, feeds: list[tuple[JacobiSequence, Feed]], error: Exception) -> None:
+        """It may be any one's doing, or only a matter of size: half the rows are tried next (what a sequence has is not
+        touched, its next pass writes the same K/V again), until a single row fails twice in turn and ends its sequence."""
+        if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
+            raise EngineDead(f"the device failed: {error}; start a new process") from error
+        rows = sum(len(feed.tokens) for _, feed in feeds)
+        if rows > 1 or self._passes:
+            self._rows, self._passes = max(1, rows // 2), 0
+            return
+        feeds[0][0].fail(_typed(error))
+        self._rows = self.max_batch_tokens
+
+    def _recover(self) -> None:
+        self._passes += 1
+        if self._rows < self.max_batch_tokens and self._passes >= PASSES_TO_RECOVER:
+            self._rows, self._passes = min(2 * self._rows, self.max_batch_tokens), 0
 
     @torch.inference_mode()
     def _predict(self, batch: StepBatch, feeds: list[tuple[JacobiSequence, Feed]]) -> list[int]:

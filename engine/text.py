@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,25 @@ def tokens_behind_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class TextCodec:
-    """Turns requests into prompt and draft ids."""
+    """Turns requests into prompt and draft ids, and answers into text; for any number of threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: Vocabulary) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self._lock = threading.Lock()  # a tokenizer sets its own state when it is called
 
     def encode(self, request: Request, condition: str | None, keep_prefix: int = 0) -> tuple[list[int], list[int]]:
         """Prompt ids, draft ids; with a ``condition`` template the draft is also part of the prompt.
 
         A draft as text gets the end of the turn behind it, unless ``keep_prefix`` would keep that as well.
         """
+        with self._lock:
+            prompt, draft = self._encode(request, condition, keep_prefix)
+        self._check_range("prompt_ids", prompt)
+        self._check_range("draft_ids", draft)
+        return prompt, draft
+
+    def _encode(self, request: Request, condition: str | None, keep_prefix: int) -> tuple[list[int], list[int]]:
         if request.prompt_ids is not None:
             if condition is not None:
                 raise InvalidRequest("the condition option needs text: got prompt_ids; pass prompt or messages")
@@ -72,14 +81,13 @@ class TextCodec:
             draft = self._draft(request.draft or "", prompt_text, prompt)
             if len(draft) > keep_prefix:
                 draft = draft + self._end_of_turn
-        self._check_range("prompt_ids", prompt)
-        self._check_range("draft_ids", draft)
         return prompt, draft
 
     def decode(self, token_ids: list[int]) -> str | None:
         if self.tokenizer is None:
             return None
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        with self._lock:
+            text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
 

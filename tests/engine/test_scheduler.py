@@ -1,6 +1,7 @@
 """The scheduler on a model of a few lines: pages are neither lost nor shared, and everyone is served."""
 
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from engine import EngineError, OutOfMemory, RefineOptions, Refiner
+from engine import EngineDead, EngineError, OutOfMemory, RefineOptions, Refiner
 from engine.batch import StepBatch
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE, LinearWeight
@@ -232,24 +233,81 @@ def test_an_abandoned_stream_gives_everything_back(taken: int, ordered: bool, ma
     assert result.token_ids == sequential([2, 3], 9, [])
 
 
-@pytest.mark.parametrize(("failure", "kind"), [(MemoryError(), OutOfMemory), (RuntimeError("broken"), EngineError)])
-def test_a_pass_that_fails_ends_its_requests_and_no_others(failure: Exception, kind: type[EngineError]) -> None:
-    model = Ledger()
-    refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
-    requests = [{"prompt_ids": [2, 3, 4]}] * 5
-    forward, calls = model.forward, iter(range(100))
+def failing(when: Callable[[StepBatch], bool], error: Callable[[str], Exception]) -> tuple[Ledger, list[int]]:
+    """A model whose passes fail when asked to, and the rows of every pass so far, failed ones as negative numbers."""
+    model, rows = Ledger(), []
+    forward = model.forward
 
     def fail(batch: StepBatch, cache: KVCache) -> Tensor:
-        if next(calls) == 2:
-            raise failure
+        failed = when(batch)
+        rows.append(len(batch.token_ids) * (-1 if failed else 1))
+        if failed:
+            raise error("injected")
         return forward(batch, cache)
 
     model.forward = fail  # type: ignore[method-assign]
-    right = sequential([2, 3, 4], 300, [])
-    results = refiner.refine(requests, RefineOptions(max_new_tokens=300))  # the pool holds two of them
-    assert [type(r.error) for r in results] == [kind, kind, type(None), type(None), type(None)]
-    assert all(r.token_ids == right for r in results[2:])
+    return model, rows
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_a_pass_that_fails_once_costs_nobody_the_answer(error: type[Exception]) -> None:
+    calls = iter(range(1000))
+    model, _ = failing(lambda batch: next(calls) in (0, 1, 40, 90), error)
+    refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
+    results = refiner.refine([{"prompt_ids": [2, 3, 4 + i]} for i in range(5)], RefineOptions(max_new_tokens=100))
+    assert [r.token_ids for r in results] == [sequential([2, 3, 4 + i], 100, []) for i in range(5)]
     refiner.check_integrity()
-    assert {tuple(r.token_ids) for r in refiner.refine(requests, RefineOptions(max_new_tokens=9))} == {
-        tuple(sequential([2, 3, 4], 9, []))
-    }
+
+
+@pytest.mark.parametrize(("error", "kind"), [(MemoryError, OutOfMemory), (RuntimeError, EngineError)])
+@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("window", ["auto", 5])
+def test_a_request_that_makes_every_pass_fail_fails_alone(
+    place: int, window: int, error: type[Exception], kind: type[EngineError]
+) -> None:
+    """Also where its rows would fit into a pass with all the others."""
+    poison = 19  # as a prompt's second token
+    model, rows = failing(lambda batch: bool(((batch.token_ids == poison) & (batch.positions == 1)).any()), error)
+    refiner = Refiner(model, VOCABULARY, max_batch_tokens=64, kv_cache_tokens=1280)
+    prompts = [[2, 3, 4 + i] for i in range(8)]
+    options = RefineOptions(max_new_tokens=6, window=window)
+    right = [sequential(prompt, 6, []) for prompt in prompts]
+    prompts[place] = [2, poison, 4]
+    results = refiner.refine([{"prompt_ids": p, "draft_ids": r} for p, r in zip(prompts, right, strict=True)], options)
+    assert [type(r.error) for r in results] == [kind if i == place else type(None) for i in range(8)]
+    assert [r.token_ids for i, r in enumerate(results) if i != place] == right[:place] + right[place + 1 :]
+    assert min(rows) >= -64
+    assert sum(row < 0 for row in rows) <= 7 * 2  # halvings of 64 rows; recovering may meet it once more
+    refiner.check_integrity()
+
+
+def test_passes_shrink_to_what_memory_holds_and_grow_again() -> None:
+    limit = 5
+    model, rows = failing(lambda batch: len(batch.token_ids) > limit, MemoryError)
+    refiner = Refiner(model, VOCABULARY, max_batch_tokens=40, kv_cache_tokens=2560)
+    options = RefineOptions(max_new_tokens=40, steps=40, block_size=12)
+    results = refiner.refine([{"prompt_ids": [2, 3, 4 + i]} for i in range(6)], options)
+    assert all(r.error is None for r in results)
+    assert sum(row < 0 for row in rows) < 0.1 * len(rows)
+    limit = 1000  # memory is there again
+    del rows[:]
+    refiner.refine([{"prompt_ids": [2, 3, 4 + i]} for i in range(12)], options)
+    assert min(rows) > 0
+    assert max(rows) == 40
+    refiner.check_integrity()
+
+
+def test_a_pass_that_cannot_get_smaller_ends_its_sequence() -> None:
+    model, _ = failing(lambda batch: True, MemoryError)
+    refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
+    results = refiner.refine([{"prompt_ids": [2, 3, 4]}] * 5, RefineOptions(max_new_tokens=20))
+    assert [type(r.error) for r in results] == [OutOfMemory] * 5
+    refiner.check_integrity()
+
+
+def test_a_failed_device_is_the_end_and_no_request_is_blamed() -> None:
+    model, _ = failing(lambda batch: True, torch.AcceleratorError)
+    refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
+    with pytest.raises(EngineDead, match="injected"):
+        refiner.refine([{"prompt_ids": [2, 3, 4]}])
+    refiner.check_integrity()
