@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 REQUEST_COLUMNS = ("prompt", "messages", "prompt_ids", "draft", "draft_ids")
 RESULT_COLUMNS = ("text", "steps", "converged", "forward_tokens", "finish_reason", "error")
 
-Column = Sequence[Any]  # or a numpy array
+Column = Sequence[Any] | np.ndarray[Any, Any]
 
 
 class RefineColumns:
