@@ -70,7 +70,10 @@ class Fragile(Ledger):
         hidden = super().forward(batch, cache)
         first_tokens = cache.k[0].view(-1, PAGE_SIZE)[batch.block_table[:, 0].long(), 0]
         bad = (first_tokens == NAN).repeat_interleave(batch.row_start.diff().long())
-        hidden[bad[batch.logit_rows]] = torch.nan
+        if batch.logit_rows is None:
+            hidden[: self.rows][bad] = torch.nan
+        else:
+            hidden[bad[batch.logit_rows]] = torch.nan
         return hidden
 
 
