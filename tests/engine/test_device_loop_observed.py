@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engine import device_loop
 from engine.jacobi import JacobiSequence
