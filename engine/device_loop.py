@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from engine.step_runner import CudaRecorder, EagerRunner, GraphRunner, StepKind,
 
 LONGEST_ANSWER = LONGEST_TEXT - 1
 """Tokens of an answer that a slot holds; longer ones stay with the host. Memory does not limit it: a slot of this length takes
-12 bytes per token, 196 kB, less than K/V of a single token of Gemma-2-9B (344 kB in bfloat16). What does is re-alignment,
+12 bytes per token, 197 kB, less than K/V of a single token of Gemma-2-9B (344 kB in bfloat16). What does is re-alignment,
 which reads draft, iterate and answer in one program per sequence: 64 blocks each, within every step."""
 _ROW_COUNTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
@@ -88,7 +88,7 @@ class _Launch:
 
     number: int
     fields: Reading
-    texts: dict[int, Reading] = field(default_factory=dict)
+    texts: dict[int, Reading]
     """By slot, of sequences that are observed."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine import NonFiniteLogits, RefineOptions, Refiner
 from engine.batch import StepBatch
-from engine.device_loop import DeviceLoop, choose_loop, row_counts
+from engine.device_loop import LONGEST_ANSWER, DeviceLoop, choose_loop, row_counts
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE, LinearWeight
 from engine.kv_cache import KVCache
@@ -252,6 +252,15 @@ def test_what_the_loop_takes(options: dict[str, Any], taken: bool) -> None:
     loop = make(True, max_batch_tokens=100).loop
     assert loop is not None
     assert loop.takes(start([5], [], **options)) is taken
+
+
+def test_answers_as_long_as_a_slot() -> None:
+    model = Ledger()
+    model.max_positions = 20_000
+    loop = make(True, model, pages=640, max_batch_size=1).loop
+    assert loop is not None
+    assert loop.takes(start([5], [], max_new_tokens=LONGEST_ANSWER))
+    assert not loop.takes(start([5], [], max_new_tokens=LONGEST_ANSWER + 1))
 
 
 def test_which_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,17 @@ def predictions_for(state: JacobiState, rows: PackedRows, seed: int, right: floa
     return predicted.to(DEVICE)
 
 
-SHAPES = [(1, 2, 1), (1, 9, 4), (3, 17, 40), (4, 40, 16), (8, 70, 128), (5, 600, 700), (13, 33, 100), (64, 40, 300)]
+SHAPES = [
+    (1, 2, 1),
+    (1, 9, 4),
+    (3, 17, 40),
+    (4, 40, 16),
+    (8, 70, 128),
+    (5, 600, 700),
+    (13, 33, 100),
+    (64, 40, 300),
+    (2, LONGEST_TEXT, 500),
+]
 CASES = [(seed, *shape) for shape in SHAPES for seed in range(4)]
 
 
