@@ -111,16 +111,26 @@ def _run(texts: Sequence[str], signals: Signals, stack: ExitStack) -> int:
         hint = "the same command goes on with a smaller micro_batch or gradient_checkpointing=true"
         raise OutOfMemory(f"{error.args[0]}; {hint}") from error
     if trainer.stopped:
+        _leave_group()
         raise trainer.interrupted or Interrupted(signal.SIGTERM)  # another process was asked to end
     from engine.training.checkpoint import MODEL
 
     folder = Path(config.output, MODEL)
     trainer.save_refiner(folder)
     trainer.save_state()
+    _leave_group()
     if claim:
         claim.finish(trainer.state.global_step)
         logging.getLogger("engine.training").info("the refiner is in %s", folder)
     return EXIT_OK
+
+
+def _leave_group() -> None:
+    """Ends this process's part in the group: threads of a group that is still there at exit can abort the process."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _config(texts: Sequence[str]) -> TrainConfig:

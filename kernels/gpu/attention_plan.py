@@ -61,7 +61,7 @@ _TILES = {
         256: (Tiles(16, 32, 4, 4, 1), Tiles(64, 32, 8, 3, 1), Tiles(64, 32, 8, 3, 1)),
     },
     90: _HOPPER,
-    100: _HOPPER | {256: (Tiles(16, 32, 4, 3, 2), Tiles(64, 32, 8, 3, 1), Tiles(64, 64, 8, 2, 1))},
+    100: _HOPPER | {256: (Tiles(16, 16, 4, 4, 3), Tiles(64, 32, 8, 3, 1), Tiles(64, 64, 8, 2, 1))},
 }
 _SMALL_CHIPS = {  # 99 KiB of shared memory
     64: (Tiles(16, 128, 4, 3, 1), Tiles(64, 64, 4, 3, 2), Tiles(64, 64, 4, 3, 2)),

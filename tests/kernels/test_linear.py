@@ -195,7 +195,7 @@ def test_plain_weights_cannot_run_in_cpp(instruction_set: str) -> None:
 
 def test_unknown_implementation() -> None:
     weight = LinearWeight.from_dense(randn(0, 40, 7))
-    with pytest.raises(ValueError, match='impl must be "auto", "torch" or "cpp", got'):
+    with pytest.raises(ValueError, match='impl must be "auto", "torch", "cpp" or "triton", got'):
         linear(randn(1, 3, 7), weight, impl="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="impl must be"):
         embedding(torch.tensor([1]), weight, impl="")  # type: ignore[arg-type]
