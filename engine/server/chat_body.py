@@ -57,7 +57,7 @@ class ChatBody:
         check_model(model, settings)
         options, limit = _read_options(body, settings)
         stream = read_flag(body, "stream")
-        wanted = _read_stream_options(body.get("stream_options"), stream)
+        wanted = _read_stream_options(body.get("stream_options"))
         base_body = {name: body[name] for name in ("model", "messages", *PASSED_ON) if body.get(name) is not None}
         messages = read_messages(body.get("messages"))
         return cls(
@@ -112,23 +112,21 @@ def _read_part(part: object, where: str) -> str:
 
 
 def _read_options(body: dict[str, Any], settings: Settings) -> tuple[RefineOptions, dict[str, int]]:
-    """Options of the refinement, and the limit of the answer under the name that the client chose."""
+    """Options of the refinement, of whose limits the smallest holds, and the limits under the names that the client chose."""
     options = read_options(body.get("refine"), settings, "refine")
     given = [name for name in LIMITS if body.get(name) is not None]
-    if not given:
-        return options, {}
-    if len(given) == 2 or (body.get("refine") or {}).get("max_new_tokens") is not None:
-        raise bad_request(f"give one of {', '.join(LIMITS)} and refine.max_new_tokens, not several", given[0])
-    limit = check_limit(given[0], body[given[0]], settings)
-    return dataclasses.replace(options, max_new_tokens=limit), {given[0]: limit}
+    limits = {name: check_limit(name, body[name], settings) for name in given}
+    if (body.get("refine") or {}).get("max_new_tokens") is None and limits:
+        options = dataclasses.replace(options, max_new_tokens=settings.max_new_tokens)
+    return dataclasses.replace(options, max_new_tokens=min([options.max_new_tokens, *limits.values()])), limits
 
 
-def _read_stream_options(value: object, stream: bool) -> bool:
-    """Whether the usage is to be streamed too."""
+def _read_stream_options(value: object) -> bool:
+    """Whether the usage is to be streamed too, if anything is."""
     if value is None:
         return False
-    if not isinstance(value, dict) or not stream:
-        raise bad_request("stream_options must be an object, and only with stream: true", "stream_options")
+    if not isinstance(value, dict):
+        raise bad_request(f"stream_options must be an object, got {describe(value)}", "stream_options")
     check_known(value, {"include_usage", "include_obfuscation"}, "stream_options")
     read_flag(value, "include_obfuscation")
     return read_flag(value, "include_usage")

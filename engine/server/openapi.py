@@ -90,9 +90,9 @@ def _refine(settings: Settings) -> Schema:
 def _schemas(settings: Settings) -> Mapping[str, Schema]:
     text, whole = {"type": "string"}, {"type": "integer"}
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-    request = {
-        "prompt": _maybe({"type": "string", "minLength": 1}), "messages": _maybe(_messages(["system", "user", "assistant"])),
-        "prompt_ids": _maybe({**ids, "minItems": 1}), "draft": _maybe(text), "draft_ids": _maybe(ids),
+    given = {
+        "prompt": {"type": "string", "minLength": 1}, "messages": _messages(["system", "user", "assistant"]),
+        "prompt_ids": {**ids, "minItems": 1}, "draft": _maybe(text), "draft_ids": _maybe(ids),
         "id": {"type": ["string", "integer", "null"]}, "seed": _maybe(_integer(0, 2**63 - 1)),
         "metadata": {"type": ["object", "null"]},
     }  # fmt: skip
@@ -110,20 +110,38 @@ def _schemas(settings: Settings) -> Mapping[str, Schema]:
     error = _object({"message": text, "type": text, "param": {}, "code": {}}, ["message", "type", "param", "code"])
     return {
         "Error": _object({"error": error}, ["error"]),
+        "Event": _object({"event": {"enum": ["draft", "iterate", "result", "error"]}, "data": text}, ["data"]),
         "Models": {"type": "object", "required": ["object", "data"]},
         "Options": _options(settings),
         "Chat": _chat_body(settings),
         "Completion": {"type": "object", "required": ["id", "object", "created", "model", "choices", "usage", "refine"]},
-        "Refinement": _object({**request, **shared, "draft_model": _maybe(text), "stream": {"type": ["boolean", "null"]}}),
+        "Refinement": {"anyOf": _requests(given, {**shared, "stream": {"type": ["boolean", "null"]}}, drafted=True)},
         "Refinements": _object(
             {
-                "requests": {"type": "array", "items": _object(request), "minItems": 1, "maxItems": settings.max_list},
+                "requests": {
+                    "type": "array", "items": {"anyOf": _requests(given, {})}, "minItems": 1, "maxItems": settings.max_list
+                },
                 "stream": {"enum": [False, None]}, **shared,
             },
             ["requests"],
         ),
         "Refined": {"anyOf": [refined, _object({"results": {"type": "array", "items": {"type": "object"}}}, ["results"])]},
     }  # fmt: skip
+
+
+def _requests(fields: Schema, shared: Schema, *, drafted: bool = False) -> list[Schema]:
+    """Every form of a request: one kind of prompt, and at most one kind of draft."""
+    kinds: list[Schema] = []
+    for prompt in ("prompt", "messages", "prompt_ids"):
+        drafts = (
+            {"draft": fields["draft"]},
+            {"draft_ids": fields["draft_ids"]},
+            {"draft_model": {"type": "string", "minLength": 1}},
+        )
+        for draft in drafts[: 3 if drafted and prompt != "prompt_ids" else 2]:
+            rest = {name: fields[name] for name in ("id", "seed", "metadata")}
+            kinds.append(_object({prompt: fields[prompt], **draft, **rest, **shared}, [prompt]))
+    return kinds
 
 
 def _options(settings: Settings) -> Schema:
@@ -200,7 +218,7 @@ def _errors(statuses: tuple[int, ...]) -> dict[int, Schema]:
 def _answers(status: int, schema: Schema, errors: tuple[int, ...] = (), *, streamed: bool = False) -> dict[int, Schema]:
     answer = _content("application/json", schema)
     if streamed:
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["content"]["text/event-stream"] = {"schema": _ref("Event")}
     return {status: answer, **_errors((*_ALWAYS, *errors))}
 
 

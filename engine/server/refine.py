@@ -38,6 +38,8 @@ class RefineBody:
     stream: bool
     timeout: float
     """Seconds."""
+    condition_asked: bool
+    """Whether ``condition`` is this request's own wish."""
     draft_model: str | None
     """The base API's model that is to write the draft."""
 
@@ -58,6 +60,7 @@ class RefineBody:
             options=read_options(body.get("options"), settings, "options"),
             stream=stream,
             timeout=_read_timeout(body.get("timeout"), settings.timeout),
+            condition_asked=bool((body.get("options") or {}).get("condition")),
             draft_model=None if listed else _read_draft_model(body, settings),
         )
 
@@ -74,21 +77,21 @@ class RefineEndpoint:
         if body.stream:
             return await stream(self._events(body, due), lambda error: event(error.body, "error"))
         if body.listed:
-            tasks = (self._refine_listed(one, body.options, due) for one in body.requests)
+            tasks = (self._refine_listed(one, body, due) for one in body.requests)
             return _json({"results": await asyncio.gather(*tasks)})
         one = body.requests[0]
         if body.draft_model is not None:
             draft = "".join([text async for text in self._write(body.draft_model, one)])
             one = replace(one, draft=draft)
-        return _json({**_result(await self._refine(one, body.options, due), one), "draft": one.draft})
+        return _json({**_result(await self._refine(one, body, due), one), "draft": one.draft})
 
-    async def _refine(self, one: Request, options: RefineOptions, due: float) -> Result:
-        one, options = await self._encoded(one, options)
+    async def _refine(self, one: Request, body: RefineBody, due: float) -> Result:
+        one, options = await self._encoded(one, body)
         return await self._refiner.refine(one, options, deadline=_left(due))
 
-    async def _refine_listed(self, one: Request, options: RefineOptions, due: float) -> dict[str, Any]:
+    async def _refine_listed(self, one: Request, body: RefineBody, due: float) -> dict[str, Any]:
         try:
-            return {**_result(await self._refine(one, options, due), one), "error": None}
+            return {**_result(await self._refine(one, body, due), one), "error": None}
         except EngineError as error:
             return {"id": one.id, "metadata": one.metadata, **api_error(error).body}
 
@@ -102,15 +105,18 @@ class RefineEndpoint:
                     yield event({"text": text}, "draft")
             one = replace(one, draft="".join(parts))
         given = one
-        one, options = await self._encoded(one, body.options)
+        one, options = await self._encoded(one, body)
         async with aclosing(self._refiner.stream(one, options, deadline=_left(due))) as iterates:
             async for iterate in iterates:
                 yield event(_iterate(iterate), "iterate")
                 if iterate.result is not None:
                     yield event(_result(iterate.result, given), "result")
 
-    async def _encoded(self, one: Request, options: RefineOptions) -> tuple[Request, RefineOptions]:
+    async def _encoded(self, one: Request, body: RefineBody) -> tuple[Request, RefineOptions]:
         """The same request in token ids, computed beside the event loop."""
+        options = body.options
+        if one.draft is None and not body.condition_asked:  # the server's own condition is for drafts that can be shown
+            options = replace(options, condition=None)
         prompt_ids, draft_ids = await asyncio.to_thread(self._refiner.encode, one, options)
         encoded = Request(
             prompt_ids=prompt_ids, draft_ids=draft_ids, id=one.id, seed=one.seed, metadata=one.metadata

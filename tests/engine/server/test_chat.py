@@ -136,6 +136,17 @@ def test_what_the_base_api_is_asked(start: Callable[..., str], base: Base) -> No
     assert base.headers[0]["authorization"] == "Bearer secret"
 
 
+def test_the_smallest_limit_holds(start: Callable[..., str], base: Base) -> None:
+    api = client(start())
+    for limits, tokens in (
+        ({"max_tokens": 9, "max_completion_tokens": 7}, 7), ({"max_tokens": 9, "refine": {"max_new_tokens": 5}}, 5),
+        ({"max_tokens": 50}, 50), ({"refine": {"max_new_tokens": 45}}, 45), ({}, 40),
+    ):  # fmt: skip
+        answer = api.chat.completions.create(model=MODEL, messages=QUESTION, extra_body=limits)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == tokens
+
+
 def test_no_usage_is_asked_for_where_that_is_refused(start: Callable[..., str], base: Base) -> None:
     client(start(base_usage=False)).chat.completions.create(model=MODEL, messages=QUESTION)
     assert "stream_options" not in base.bodies[0]
@@ -145,14 +156,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, "n"), ({"tools": [{"type": "function"}]}, "tools"), ({"stop": ["\n"]}, "stop"),
     ({"logprobs": True}, "logprobs"),
     ({"response_format": {"type": "json_object"}}, "response_format"), ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 5000}, "max_tokens"), ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"max_tokens": 5000}, "max_tokens"), ({"max_completion_tokens": True}, "max_completion_tokens"),
     ({"surprise": 1}, "surprise"), ({"refine": {"steps": 0}}, "refine"),
     ({"refine": {"condition": "{prompt}"}}, "condition"),
     ({"refine": {"max_new_tokens": 5000}}, "refine"), ({"refine": 5}, "refine"), ({"stream": "yes"}, "stream"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"), ({"model": ""}, "model"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
-    ({"stream_options": {}}, "stream_options"),
+    ({"stream_options": 5}, "stream_options"),
 ]  # fmt: skip
 
 
