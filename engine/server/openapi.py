@@ -110,7 +110,7 @@ def _schemas(settings: Settings) -> Mapping[str, Schema]:
     error = _object({"message": text, "type": text, "param": {}, "code": {}}, ["message", "type", "param", "code"])
     return {
         "Error": _object({"error": error}, ["error"]),
-        "Event": _object({"event": {"enum": ["draft", "iterate", "result", "error"]}, "data": text}, ["data"]),
+        "Event": _object({"event": {"enum": ["message", "draft", "iterate", "result", "error"]}, "data": text}, ["data"]),
         "Models": {"type": "object", "required": ["object", "data"]},
         "Options": _options(settings),
         "Chat": _chat_body(settings),

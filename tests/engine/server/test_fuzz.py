@@ -143,6 +143,14 @@ def api(shared_refiner: AsyncRefiner) -> Iterator[Any]:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json", headers=TOKEN)
 
 
+def make_answerable(body: object) -> None:
+    """What a schema cannot say: that chats end with a question, and that a time may be too short (which is no server error)."""
+    if isinstance(body, dict):
+        body.pop("timeout", None)
+        if body.get("messages"):
+            body["messages"][-1] = {"role": "user", "content": body["messages"][-1]["content"] or "egg"}
+
+
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 @pytest.mark.parametrize(
     "operation",
@@ -160,7 +168,8 @@ def test_the_server_does_what_its_document_says(
     @looks(25)
     @hypothesis.given(cases)
     def check(case: Any) -> None:
-        # the document cannot say everything that makes a request valid, such as one of prompt and messages
+        if mode is schemathesis.GenerationMode.POSITIVE:
+            make_answerable(case.body)
         response = case.call_and_validate(
             headers=TOKEN, timeout=30, excluded_checks=[schemathesis.checks.positive_data_acceptance]
         )
@@ -171,7 +180,7 @@ def test_the_server_does_what_its_document_says(
     except hypothesis.errors.Unsatisfiable:
         assert mode is schemathesis.GenerationMode.NEGATIVE  # a path without parameters has no wrong ones
     if mode is schemathesis.GenerationMode.POSITIVE:
-        assert 5 * seen[200] >= sum(seen.values()), seen  # otherwise the document would say little about valid requests
+        assert 4 * seen[200] >= sum(seen.values()), seen  # otherwise the document would say little about valid requests
     else:
         assert not seen[500]
     wait_until(lambda: idle(shared_refiner))
