@@ -37,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"steps": 1, "block_size": 16, "max_new_tokens": 120},
     {"steps": 3, "block_size": 32, "keep_prefix": 40, "max_new_tokens": 100},
     {"temperature": 0.8, "seed": 5, "max_new_tokens": 24},
-    {"keep_prefix": 7, "max_new_tokens": 30},
+    {"keep_prefix": 55, "max_new_tokens": 60},
 ]
 
 
