@@ -11,8 +11,9 @@ from engine.kernels.triton_choice import choose_triton
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
 
 TRITON_REQUIREMENT = (
-    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head, '
-    "contiguous int32 indices, all on one device and of shapes that belong together, a positive scale, and no gradient"
+    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head '
+    "(32 in float32 with more than 128 columns), contiguous int32 indices, all on one device and of shapes that belong "
+    "together, a positive scale, and no gradient"
 )
 
 KVLayout = Literal["panels", "nhd"]
@@ -145,7 +146,7 @@ def _fits_triton(
         k_cache.shape == v_cache.shape == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim, "nhd")[0]
         and 0 < head_dim <= 256
         and heads % kv_heads == 0
-        and 0 < heads // kv_heads <= 64
+        and 0 < heads // kv_heads <= (32 if q.dtype is torch.float32 and head_dim > 128 else 64)  # lines of a tile
         and q.shape[1] >= heads * head_dim
         and q.stride(1) == 1
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
