@@ -76,8 +76,8 @@ pytest=("$python" -m pytest -p no:cacheprovider -W ignore)
 if [ "$dry" ]; then
     # what runs on a GPU without being asked: the kernels, and the loop, though without graphs
     export TRITON_INTERPRET=1 DIFFPO_LOOP=device
-    # some of each file: all of them are part of `make test`
-    cases=(-n "${JOBS:-2}" --few 6)
+    # some of each file: all of the kernels' are part of `make test`
+    cases=(-n "${JOBS:-2}" --few "${FEW:-6}")
 else
     unset TRITON_INTERPRET
     # Triton compiles hundreds of variants: that is what takes the time, on the CPU

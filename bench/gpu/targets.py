@@ -75,3 +75,13 @@ def engine_lines(results: dict[str, Any]) -> list[Line]:
             f"{times:.1f} times" if times else NOT_MEASURED,
         ),
     ]
+
+
+def loss_lines(results: dict[str, Any]) -> list[Line]:
+    """Of the consistency loss; ``results``: all of its benchmark's, or nothing."""
+    variants = results.get(MODEL, {}).get("variants", {})
+    ours = variants.get("triton dense", {})
+    if "times_six_products" not in ours:
+        return [Line(f"consistency_loss, {MODEL}, 8192 rows per stream", "", NOT_MEASURED)]
+    text = f"{1e3 * ours['median_seconds']:.1f} ms, {ours['times_six_products']:.2f} times its six products alone"
+    return [Line(f"consistency_loss, {MODEL}, {results[MODEL]['rows']} rows per stream", "", text)]
