@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engine import RefineOptions, Refiner
-from tests.engine.checkpoints import VOCABULARY
 
-OPTIONS = RefineOptions(max_new_tokens=48)
 LIMITS = {"kv_cache_tokens": 16_384, "max_batch_size": 32}
 QUEUE = 128
-DISTINCT = 200
-"""Different requests; every one is asked many times."""
 
 
 class Shed(Exception):
@@ -67,20 +63,14 @@ def resident(process: int) -> float:
 
 
 class Subject(ABC):
-    """Something that answers requests, the requests, and the right answers, which are the synchronous engine's."""
+    """Something that answers requests; the right answers are the synchronous engine's."""
 
-    def __init__(self, folder: Path) -> None:
-        draw = random.Random(0)
-        ids = range(4, VOCABULARY)
-        self.requests = [
-            {
-                "prompt_ids": draw.choices(ids, k=draw.randint(1, 100)),
-                "draft_ids": draw.choices(ids, k=draw.randint(0, 60)),
-            }
-            for _ in range(DISTINCT)
-        ]
+    def __init__(self, folder: Path, requests: list[dict[str, Any]], options: RefineOptions) -> None:
+        """Every one of ``requests`` is asked many times."""
+        self.requests = requests
+        self.options = options
         with Refiner.from_pretrained(folder, **LIMITS) as refiner:
-            self.answers = [result.token_ids for result in refiner.refine(self.requests, OPTIONS)]
+            self.answers = [result.token_ids for result in refiner.refine(requests, options)]
         self.draw = random.Random(1)
 
     @property
@@ -94,7 +84,7 @@ class Subject(ABC):
 
     async def ask(self, tally: Tally) -> None:
         """One request to its end, whichever that is."""
-        which = self.draw.randrange(DISTINCT)
+        which = self.draw.randrange(len(self.requests))
         identity = tally.sent
         tally.sent += 1
         before = time.perf_counter()

@@ -15,28 +15,30 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepBatch
-from engine.errors import EngineError
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import (
     PAGE_SIZE,
     Field,
     JacobiState,
+    NoiseRows,
     PackedRows,
     Phase,
     jacobi_accept,
     jacobi_pack,
     linear_argmax,
+    linear_sample,
 )
-from engine.kernels.jacobi_state import LONGEST_TEXT, MOST_GUESSES
+from engine.kernels.jacobi_state import LONGEST_TEXT
 from engine.kv_cache import KVCache, pages_for
+from engine.loop_slot import Reading, conclude, fill, read_text, reserved_rows, show
 from engine.model import CausalModel
-from engine.request import FinishReason
-from engine.step_runner import CudaRecorder, EagerRunner, GraphRunner, StepRunner
+from engine.step_runner import CudaRecorder, EagerRunner, GraphRunner, StepKind, StepRunner
 
-LONGEST_ANSWER = 4096
-"""Tokens of an answer that a slot holds; longer ones stay with the host."""
+LONGEST_ANSWER = LONGEST_TEXT - 1
+"""Tokens of an answer that a slot holds; longer ones stay with the host. Memory does not limit it: a slot of this length takes
+12 bytes per token, 197 kB, less than K/V of a single token of Gemma-2-9B (344 kB in bfloat16). What does is re-alignment,
+which reads draft, iterate and answer in one program per sequence: 64 blocks each, within every step."""
 _ROW_COUNTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_REASONS: dict[int, FinishReason] = {Phase.EOS: "eos", Phase.LENGTH: "length", Phase.STEPS: "steps"}
 
 
 def choose_loop(
@@ -58,37 +60,13 @@ def choose_loop(
     return DeviceLoop(model, cache, vocabulary, knee, max_batch_tokens, max_batch_size, runner)
 
 
-def _graph_runner(device: torch.device) -> Callable[[Callable[[int], None]], StepRunner]:
+def _graph_runner(device: torch.device) -> Callable[[Callable[[StepKind], None]], StepRunner]:
     return lambda step: GraphRunner(step, CudaRecorder(device))
 
 
 def row_counts(most: int) -> tuple[int, ...]:
     """Rows that steps are launched with: few sizes, so that each can be a graph of its own; ``most`` is the last."""
     return (*(count for count in _ROW_COUNTS if count < most), most)
-
-
-class Reading:
-    """A tensor's values on their way to the host, as they are when the work launched so far is done."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if not tensor.is_cuda:
-            self._values = tensor.clone()
-            return
-        self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._values.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tensor.device))
-
-    def ready(self) -> bool:
-        """Whether ``wait`` would not have to."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> Tensor:
-        """The values, on the CPU."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values
 
 
 @dataclass(slots=True)
@@ -102,6 +80,16 @@ class _Occupant:
     """The first launch it takes part in."""
     wanted: int
     may_end: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What a launch did, on its way to the host."""
+
+    number: int
+    fields: Reading
+    texts: dict[int, Reading]
+    """By slot, of sequences that are observed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +112,7 @@ class DeviceLoop:
         knee: int,
         max_batch_tokens: int,
         max_batch_size: int,
-        runner: Callable[[Callable[[int], None]], StepRunner] = EagerRunner,
+        runner: Callable[[Callable[[StepKind], None]], StepRunner] = EagerRunner,
     ) -> None:
         self._model, self._cache, self._vocabulary, self._knee = model, cache, vocabulary, knee
         self._sizes = row_counts(max_batch_tokens)
@@ -133,12 +121,13 @@ class DeviceLoop:
         places = 1 + min(LONGEST_ANSWER, end)
         self.state = JacobiState.allocate(slots, places, pages_for(end), model.device)
         self._rows = PackedRows.allocate(max_batch_tokens, slots, model.device)
+        self._noise = NoiseRows.allocate(max_batch_tokens, model.device)
         self._batches = {size: self._batch(size, end) for size in self._sizes}
         self._eos = torch.tensor(sorted(vocabulary.eos) or [-1], dtype=torch.int32, device=model.device)
         self._queue: deque[JacobiSequence] = deque()
         self._occupants: list[_Occupant | None] = [None] * slots
         self._launches = 0
-        self._readings: deque[tuple[int, Reading]] = deque()  # by the number of their launch, oldest first
+        self._unread: deque[_Launch] = deque()  # oldest first
         self._leaving: list[_Leaving] = []
         self._runner = runner(self._step)
 
@@ -151,9 +140,9 @@ class DeviceLoop:
         """Whether this sequence can be moved here at all."""
         options = sequence.options
         return (
-            options.temperature == 0
+            (options.temperature == 0 or options.top_p == 1)
             and options.max_new_tokens < self.state.text.shape[1]
-            and _reserved_rows(sequence) <= self._sizes[-1]
+            and reserved_rows(sequence) <= self._sizes[-1]
         )
 
     def add(self, sequence: JacobiSequence) -> None:
@@ -163,19 +152,19 @@ class DeviceLoop:
     def step(self) -> None:
         """Launches a step and takes in what the one before it did; sequences that ended get their results."""
         # where this may have been the last step for everyone, another is not launched behind it unseen
-        if self._readings and all(o.may_end and o.since <= self._launches for o in self._active()):
+        if self._unread and all(o.may_end and o.since <= self._launches for o in self._active()):
             self._look()
         self._admit()
         if self._active():
             self._launch()
-            if len(self._readings) > 1:
+            if len(self._unread) > 1:
                 self._look()
         else:
-            self._readings.clear()
+            self._unread.clear()
         idle = not self._active()
         for leaving in [one for one in self._leaving if idle or one.text.ready()]:
             self._leaving.remove(leaving)
-            _conclude(leaving)
+            conclude(leaving.sequence, leaving.fields, leaving.text)
 
     def drop(self, sequence: JacobiSequence) -> None:
         """Lets a sequence go, wherever it is; nothing launched from now on touches its pages."""
@@ -187,14 +176,11 @@ class DeviceLoop:
                 self._occupants[slot] = None
                 self.state.fields[slot].zero_()
 
-    def fail(self, error: EngineError) -> None:
-        """Ends all sequences with an error."""
-        inside = [occupant.sequence for occupant in self._active()] + [leaving.sequence for leaving in self._leaving]
-        for sequence in (*self._queue, *inside):
-            sequence.fail(error)
+    def clear(self) -> None:
+        """Lets all sequences go, after a step that failed."""
         self._queue.clear()
         self._occupants = [None] * len(self._occupants)
-        self._readings.clear()
+        self._unread.clear()
         self._leaving.clear()
         with suppress(RuntimeError):  # of a device that is lost the next launch tells
             self.state.fields.zero_()
@@ -207,31 +193,14 @@ class DeviceLoop:
         """Fills free slots in the order of arrival; who needs more rows than are left holds up those behind."""
         while self._queue and None in self._occupants:
             taken = sum(occupant.reserved for occupant in self._active())
-            if taken + _reserved_rows(self._queue[0]) > self._sizes[-1]:
+            if taken + reserved_rows(self._queue[0]) > self._sizes[-1]:
                 return
             self._enter(self._queue.popleft(), self._occupants.index(None))
 
     def _enter(self, sequence: JacobiSequence, slot: int) -> None:
-        text, fields = _contents(sequence)
-        state, device = self.state, self.state.text.device
-        answer = torch.full((2, state.text.shape[1]), self._vocabulary.pad, dtype=torch.int32)
-        answer[0, : len(text)] = torch.tensor(text, dtype=torch.int32)
-        answer[1, : len(text) - 1] = answer[0, 1 : len(text)]
-        policy = sequence.policy
-        rates = (policy.first.value, policy.first.weight, policy.run.value, policy.run.weight)
-        pages = torch.zeros(state.block_table.shape[1], dtype=torch.int32)
-        pages[: len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
-        for to, values in (
-            (state.text, answer[0]),
-            (state.draft, answer[1]),
-            (state.block_table, pages),
-            (state.rates, torch.tensor(rates)),
-            (state.fields, torch.tensor(fields, dtype=torch.int32)),
-        ):
-            # behind what was launched before, and without waiting for it
-            to[slot].copy_(values.pin_memory() if device.type == "cuda" else values, non_blocking=True)
+        fill(self.state, slot, sequence, self._vocabulary.pad)
         wanted, may_end = self._first_step(sequence)
-        self._occupants[slot] = _Occupant(sequence, _reserved_rows(sequence), self._launches + 1, wanted, may_end)
+        self._occupants[slot] = _Occupant(sequence, reserved_rows(sequence), self._launches + 1, wanted, may_end)
 
     def _active(self) -> list[_Occupant]:
         return [occupant for occupant in self._occupants if occupant is not None]
@@ -244,19 +213,32 @@ class DeviceLoop:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def _step(self, size: int) -> None:
-        """All of a step with ``size`` packed rows: what a graph holds."""
-        head = self._model.head
-        jacobi_pack(self.state, self._rows.first(size), self._knee)
-        hidden = self._model.forward(self._batches[size], self._cache)
-        row_start = self._rows.row_start
-        predictions, _ = linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap, row_count=row_start[-1:])
-        jacobi_accept(self.state, predictions, row_start, self._eos)
+    def _step(self, kind: StepKind) -> None:
+        """All of a step: what a graph holds."""
+        noise = self._noise.first(kind.rows) if kind.sampled else None
+        jacobi_pack(self.state, self._rows.first(kind.rows), self._knee, noise)
+        hidden = self._model.forward(self._batches[kind.rows], self._cache)
+        jacobi_accept(self.state, self._predict(hidden, noise), self._rows.row_start, self._eos)
+
+    def _predict(self, hidden: Tensor, noise: NoiseRows | None) -> Tensor:
+        head, row_count = self._model.head, self._rows.row_start[-1:]
+        if noise is None:
+            return linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap, row_count=row_count)[0]
+        return linear_sample(
+            hidden, head.weight, head.bias, temperature=noise.temperature, seeds=noise.seeds, positions=noise.positions,
+            softcap=head.softcap, row_count=row_count,
+        )[0]  # fmt: skip
 
     def _launch(self) -> None:
-        self._runner.launch(self._room())
+        sampled = any(occupant.sequence.options.temperature > 0 for occupant in self._active())
+        self._runner.launch(StepKind(self._room(), sampled))
         self._launches += 1
-        self._readings.append((self._launches, Reading(self.state.fields)))
+        texts = {
+            slot: read_text(self.state, slot, occupant.sequence)
+            for slot, occupant in enumerate(self._occupants)
+            if occupant is not None and occupant.sequence.observed
+        }
+        self._unread.append(_Launch(self._launches, Reading(self.state.fields), texts))
 
     def _room(self) -> int:
         """How many rows the next step is launched with."""
@@ -267,16 +249,19 @@ class DeviceLoop:
 
     def _look(self) -> None:
         """Takes in the oldest launch's results."""
-        launch, reading = self._readings.popleft()
-        values = reading.wait()
+        launch = self._unread.popleft()
+        values = launch.fields.wait()
         for slot, occupant in enumerate(self._occupants):
-            if occupant is None or occupant.since > launch:
+            if occupant is None or occupant.since > launch.number:
                 continue
             fields: list[int] = values[slot].tolist()
             occupant.wanted, occupant.may_end = fields[Field.WANTED], bool(fields[Field.MAY_END])
             if fields[Field.PHASE] != Phase.RUNNING:
                 self._occupants[slot] = None
-                self._leaving.append(_Leaving(occupant.sequence, fields, Reading(self.state.text[slot])))
+                text = launch.texts.get(slot) or read_text(self.state, slot, occupant.sequence)
+                self._leaving.append(_Leaving(occupant.sequence, fields, text))
+            else:
+                show(occupant.sequence, fields, launch.texts.get(slot))
 
     def _first_step(self, sequence: JacobiSequence) -> tuple[int, bool]:
         """Rows a sequence will want first, and whether EOS or its limit is among their guesses."""
@@ -290,51 +275,3 @@ class DeviceLoop:
             rows = min(options.window, options.max_new_tokens - known)
         ends = known + rows >= options.max_new_tokens or not self._vocabulary.eos.isdisjoint(guess[:rows])
         return rows, ends
-
-
-def _reserved_rows(sequence: JacobiSequence) -> int:
-    """Rows that a sequence gets in every step: one, or all it can want where a step may not depend on the others."""
-    options = sequence.options
-    if options.steps is not None:
-        # a block that was given up is fed again, with the next one behind it
-        return min(2 * options.block_size, options.max_new_tokens)
-    if options.concurrency is None:
-        return 1
-    return min(MOST_GUESSES + 1 if options.window == "auto" else options.window, options.max_new_tokens)
-
-
-def _contents(sequence: JacobiSequence) -> tuple[list[int], list[int]]:
-    """Text and fields of a slot for a sequence that has not been moved yet."""
-    options = sequence.options
-    text = [sequence.prompt[-1], *sequence.final, *sequence.guess]
-    fields = {
-        Field.PHASE: Phase.RUNNING,
-        Field.KNOWN: len(sequence.final) + 1,
-        Field.VALID: len(sequence.final),
-        Field.GUESSED: len(text),
-        Field.ROWS: sequence.forward_tokens,
-        Field.CONVERGED: 1,
-        Field.BLOCK_END: sequence.block_end + 1,
-        Field.EXPECTED: len(sequence.final),
-        Field.BASE: len(sequence.prompt) - 1,
-        Field.LIMIT: options.max_new_tokens + 1,
-        Field.WINDOW: 0 if options.window == "auto" else min(options.window, LONGEST_TEXT),
-        Field.CONCURRENCY: min(options.concurrency or 0, LONGEST_TEXT),
-        Field.STEP_LIMIT: min(options.steps or 0, LONGEST_TEXT),
-        Field.BLOCK_SIZE: min(options.block_size, LONGEST_TEXT),
-        Field.DRAFT: len(text) - 1,
-        Field.REALIGN: options.realign and options.steps is None,
-    }
-    return text, [int(fields.get(field, 0)) for field in Field]
-
-
-def _conclude(leaving: _Leaving) -> None:
-    """Gives a sequence its result."""
-    sequence, fields = leaving.sequence, leaving.fields
-    sequence.final = leaving.text.wait()[1 : fields[Field.KNOWN]].tolist()
-    sequence.steps, sequence.forward_tokens = fields[Field.STEPS], fields[Field.ROWS]
-    sequence.converged = bool(fields[Field.CONVERGED])
-    if fields[Field.PHASE] == Phase.NAN:
-        sequence.fail_at_nan()
-    else:
-        sequence.finish_reason = _REASONS[fields[Field.PHASE]]

@@ -36,18 +36,26 @@ class JacobiSequence:
         self.vocabulary = vocabulary
         self.seed = seed
         self.pages: list[int] = []
+        self.observed = False
+        """Whether ``final``, ``tentative`` and ``steps`` are looked at before the end."""
+        self._draft = draft[: options.max_new_tokens]
+        self._knee = knee
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets what was done; what is planned next starts at prompt and draft. The pages stay."""
+        options, draft = self.options, self._draft
         self.steps = 0
         self.forward_tokens = 0
         self.converged = True
         self.finish_reason: FinishReason | None = None
         self.error: EngineError | None = None
-        draft = draft[: options.max_new_tokens]
         kept = min(options.keep_prefix, len(draft))
         self.final = draft[:kept]
         self._guess = draft[kept:]
         self._searched = 0  # final tokens known to hold no EOS
         self._valid = 0  # positions whose K/V is that of final tokens
-        self.policy = WindowPolicy(knee)
+        self.policy = WindowPolicy(self._knee)
         self._realigner = Realigner(draft, kept) if options.realign and options.steps is None else None
         self._block_end = min(options.block_size, options.max_new_tokens)
         self._block_steps = 0
@@ -115,6 +123,11 @@ class JacobiSequence:
         self.steps += 1
         self._accept(self._predicted)
         self._fed, self._predicted = [], []
+
+    def show(self, final: list[int], guess: list[int]) -> None:
+        """Has the iterate that the device loop came to, for those who look at it; it can ``plan`` again after
+        ``begin_anew`` only."""
+        self.final, self._guess = final, guess
 
     def fail(self, error: EngineError) -> None:
         """Ends the sequence with an error."""

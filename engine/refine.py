@@ -26,8 +26,8 @@ from engine.job.command import (
 )
 from engine.job.interrupt import Interrupted, Signals
 from engine.job.output import Refused, record_path
+from engine.job.questions import read_questions
 from engine.job.report import Reporter
-from engine.job.rows import read_questions
 from engine.job.run import Job, StoppedAtError
 from engine.job.settings import job_settings
 from engine.job.shards import Shard
@@ -51,8 +51,9 @@ _EPILOG = """\
 input:       .jsonl or .json (an array), either also as .gz, or .parquet; -: JSON lines from standard input.
 input row:   prompt, messages or prompt_ids; draft or draft_ids; id, if it has one. Other fields are carried through.
              Or a row of a known format, as it is: turns and drafts; instruction and output (AlpacaEval's model outputs);
-             question_id and choices (FastChat's MT-bench answers, with --questions). Of several turns each is refined
-             behind the refined answers of those before it.
+             question_id and choices (FastChat's MT-bench answers, with --questions); custom_id and response (OpenAI's batch
+             results, also those of vllm run-batch, with --questions BATCH_INPUT). Of several turns each is refined behind
+             the refined answers of those before it.
 output row:  the carried fields, id (the index where it had none), index (number of the input row, from 0), text, steps,
              converged, forward_tokens, finish_reason, seconds, error (null, or its type and message); answers (one per turn)
              where there are turns; in the known formats the refined answers also stand where their drafts stood.
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--input", required=True, metavar="FILE", help="drafts; -: standard input")
     parser.add_argument("--output", required=True, metavar="FILE", help="refined answers; -: standard output")
-    parser.add_argument("--questions", metavar="FILE", help="FastChat's question file, for its answer files")
+    parser.add_argument("--questions", metavar="FILE", help="FastChat's question file, or the batch's input file")
     parser.add_argument("--token-ids", action="store_true", help="also write the answers' token_ids")
     _add_job_options(parser.add_argument_group("job"))
     _add_refine_options(parser.add_argument_group("refinement"))

@@ -1,5 +1,6 @@
 """Continuous batching: at every step finished sequences leave, waiting ones enter, and what runs is packed together."""
 
+import logging
 from collections import deque
 
 import torch
@@ -13,6 +14,8 @@ from engine.kernels import linear_argmax, linear_sample
 from engine.kv_cache import KVCache, pages_for
 from engine.model import CausalModel
 from engine.sampling import sample
+
+logger = logging.getLogger("engine.scheduler")
 
 PASSES_TO_RECOVER = 32
 """Forward passes in a row that succeed with fewer rows, before twice as many are tried."""
@@ -40,6 +43,7 @@ class Scheduler:
         self.waiting: deque[JacobiSequence] = deque()
         self.running: deque[JacobiSequence] = deque()
         self.looping: list[JacobiSequence] = []
+        self._restarted: set[JacobiSequence] = set()  # after the loop failed: they stay out of it
         self._rows = max_batch_tokens  # of the next pass: fewer than max_batch_tokens after one that failed
         self._passes = 1  # that have succeeded since then
 
@@ -94,6 +98,7 @@ class Scheduler:
             self.running.append(sequence)
 
     def _release(self, sequence: JacobiSequence) -> None:
+        self._restarted.discard(sequence)
         self.cache.pool.release(sequence.pages)
         sequence.pages = []
 
@@ -114,10 +119,10 @@ class Scheduler:
         return feeds
 
     def _loops(self, sequence: JacobiSequence) -> bool:
-        return self.loop is not None and self.loop.takes(sequence)
+        return self.loop is not None and sequence not in self._restarted and self.loop.takes(sequence)
 
     def _step_loop(self, loop: DeviceLoop) -> None:
-        ready = [s for s in self.running if loop.takes(s) and s.plan_prefill(1) is None]
+        ready = [s for s in self.running if self._loops(s) and s.plan_prefill(1) is None]
         for sequence in ready:
             self.running.remove(sequence)
             self.looping.append(sequence)
@@ -125,7 +130,19 @@ class Scheduler:
         try:
             loop.step()
         except (RuntimeError, MemoryError) as error:
-            loop.fail(_typed(error))
+            _check_device(error)
+            self._restart(loop, error)
+
+    def _restart(self, loop: DeviceLoop, error: Exception) -> None:
+        """Whoever was in a loop that failed begins anew outside it: there a failed pass ends nobody but who fails alone."""
+        logger.warning("a step of the device loop failed; its %d sequences begin anew: %s", len(self.looping), error)
+        loop.clear()
+        unfinished = [sequence for sequence in self.looping if not sequence.finish_reason]
+        for sequence in unfinished:
+            self.looping.remove(sequence)
+            sequence.begin_anew()
+        self._restarted.update(unfinished)
+        self.running.extendleft(reversed(unfinished))
 
     def _take_ended(self, queue: deque[JacobiSequence] | list[JacobiSequence]) -> list[JacobiSequence]:
         ended = [sequence for sequence in queue if sequence.finish_reason]
@@ -155,8 +172,7 @@ class Scheduler:
     def _failed(self, feeds: list[tuple[JacobiSequence, Feed]], error: Exception) -> None:
         """It may be any one's doing, or only a matter of size: half the rows are tried next (what a sequence has is not
         touched, its next pass writes the same K/V again), until a single row fails twice in turn and ends its sequence."""
-        if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
-            raise EngineDead(f"the device failed: {error}; start a new process") from error
+        _check_device(error)
         rows = sum(len(feed.tokens) for _, feed in feeds)
         if rows > 1 or self._passes:
             self._rows, self._passes = max(1, rows // 2), 0
@@ -209,6 +225,12 @@ def _noise_of_rows(feeds: list[tuple[JacobiSequence, Feed]], device: torch.devic
         torch.tensor(seeds, dtype=torch.int64, device=device),
         torch.tensor(positions, dtype=torch.int64, device=device),
     )
+
+
+def _check_device(error: Exception) -> None:
+    """Raises EngineDead where nothing on the device can go on."""
+    if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
+        raise EngineDead(f"the device failed: {error}; start a new process") from error
 
 
 def _typed(error: Exception) -> EngineError:

@@ -3,17 +3,26 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 logger = logging.getLogger("engine.step_runner")
 
 
-class StepRunner(Protocol):
-    """Runs a step of a given number of packed rows; what it works on stays at the same addresses."""
+class StepKind(NamedTuple):
+    """What decides which operations a step consists of."""
 
-    def launch(self, rows: int) -> None:
+    rows: int
+    """Packed rows."""
+    sampled: bool = False
+    """Whether predictions are drawn with noise; a step that has none does no work for it."""
+
+
+class StepRunner(Protocol):
+    """Runs steps of given kinds; what they work on stays at the same addresses."""
+
+    def launch(self, kind: StepKind) -> None:
         """Starts a step and does not wait for it."""
 
     def close(self) -> None:
@@ -23,11 +32,11 @@ class StepRunner(Protocol):
 class EagerRunner:
     """Runs the step's operations one by one, on any device."""
 
-    def __init__(self, step: Callable[[int], None]) -> None:
+    def __init__(self, step: Callable[[StepKind], None]) -> None:
         self._step = step
 
-    def launch(self, rows: int) -> None:
-        self._step(rows)
+    def launch(self, kind: StepKind) -> None:
+        self._step(kind)
 
     def close(self) -> None:
         pass
@@ -89,27 +98,27 @@ class _SideStream:
 
 
 class GraphRunner:
-    """One graph per number of rows. Not run on a GPU yet: its bookkeeping is tested with graphs that are none.
+    """One graph per kind of step. Not run on a GPU yet: its bookkeeping is tested with graphs that are none.
 
-    The first step of a size runs as it is on the side stream, where kernels are compiled and libraries allocate; the second
-    is captured, and from then on replayed. A size whose capture fails goes on as its first step did.
+    The first step of a kind runs as it is on the side stream, where kernels are compiled and libraries allocate; the second
+    is captured, and from then on replayed. A kind whose capture fails goes on as its first step did.
     """
 
-    def __init__(self, step: Callable[[int], None], recorder: Recorder) -> None:
+    def __init__(self, step: Callable[[StepKind], None], recorder: Recorder) -> None:
         self._step, self._recorder = step, recorder
-        self._warm: set[int] = set()
-        self._graphs: dict[int, Graph] = {}
-        self._failed: set[int] = set()
+        self._warm: set[StepKind] = set()
+        self._graphs: dict[StepKind, Graph] = {}
+        self._failed: set[StepKind] = set()
 
-    def launch(self, rows: int) -> None:
-        if rows in self._warm and rows not in self._graphs and rows not in self._failed:
-            self._capture(rows)
-        if graph := self._graphs.get(rows):
+    def launch(self, kind: StepKind) -> None:
+        if kind in self._warm and kind not in self._graphs and kind not in self._failed:
+            self._capture(kind)
+        if graph := self._graphs.get(kind):
             graph.replay()
             return
         with self._recorder.side_stream():
-            self._step(rows)
-        self._warm.add(rows)
+            self._step(kind)
+        self._warm.add(kind)
 
     def close(self) -> None:
         for graph in self._graphs.values():
@@ -117,9 +126,12 @@ class GraphRunner:
         self._graphs.clear()
         self._warm.clear()
 
-    def _capture(self, rows: int) -> None:
+    def _capture(self, kind: StepKind) -> None:
         try:
-            self._graphs[rows] = self._recorder.capture(lambda: self._step(rows))
+            self._graphs[kind] = self._recorder.capture(lambda: self._step(kind))
         except RuntimeError as error:
-            self._failed.add(rows)
-            logger.warning("a step of %d rows cannot be captured as a CUDA graph and runs without: %s", rows, error)
+            self._failed.add(kind)
+            what = "sampled rows" if kind.sampled else "rows"
+            logger.warning(
+                "a step of %d %s cannot be captured as a CUDA graph and runs without: %s", kind.rows, what, error
+            )

@@ -23,7 +23,7 @@ else:
     from engine.kernels.gated_activation import gated_activation
     from engine.kernels.jacobi_accept import jacobi_accept
     from engine.kernels.jacobi_pack import jacobi_pack
-    from engine.kernels.jacobi_state import Field, JacobiState, PackedRows, Phase, Rate
+    from engine.kernels.jacobi_state import Field, JacobiState, NoiseRows, PackedRows, Phase, Rate
     from engine.kernels.linear import LinearWeight, embedding, linear
     from engine.kernels.linear_argmax import linear_argmax
     from engine.kernels.linear_sample import linear_sample
@@ -41,6 +41,7 @@ else:
         "KVLayout",
         "LinearWeight",
         "LossStats",
+        "NoiseRows",
         "PackedRows",
         "Phase",
         "Rate",

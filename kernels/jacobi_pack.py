@@ -3,33 +3,38 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.jacobi_state import MOST_GUESSES, Field, JacobiState, PackedRows, Phase, Rate
+from engine.kernels.jacobi_state import MOST_GUESSES, Field, JacobiState, NoiseRows, PackedRows, Phase, Rate
 from engine.kernels.native import Impl
 from engine.kernels.paged_attention import PAGE_SIZE
 from engine.kernels.triton_choice import choose_triton
 
 
-def jacobi_pack(state: JacobiState, rows: PackedRows, knee: int, *, impl: Impl = "auto") -> None:
+def jacobi_pack(
+    state: JacobiState, rows: PackedRows, knee: int, noise: NoiseRows | None = None, *, impl: Impl = "auto"
+) -> None:
     """Fills ``rows`` from the running slots of ``state``; nothing on the host decides how many of them each gets.
 
     A slot feeds its certain tokens from VALID on, then guesses: its whole block (STEP_LIMIT), WINDOW rows, or as many as
     are worth their cost by its acceptance rates and ``knee``, the rows that cost as much as one (engine/window.py). With a
     STEP_LIMIT or a CONCURRENCY a slot gets all of them or, where they do not fit, no row at all; of the others each gets
     its certain row, and the rows left are shared so that whoever wants more than a common level gets that level.
-    PLANNED and WANTED are set.
+    PLANNED and WANTED are set. ``noise``, where given, gets what the rows' predictions are drawn with.
     """
-    supported = rows.row_start.shape[0] == state.fields.shape[0] + 1 and rows.token_ids.shape[0] > 0
+    size = rows.token_ids.shape[0]
+    if noise is not None and noise.seeds.shape[0] != size:
+        raise ValueError(f"noise needs an entry per row: got {noise.seeds.shape[0]} for {size} rows")
+    supported = rows.row_start.shape[0] == state.fields.shape[0] + 1 and size > 0
     if choose_triton(impl, state.text, supported, "at least one row, and as many slots in rows as in state"):
         from engine.kernels.gpu.jacobi_pack import pack
 
-        pack(state, rows, knee)
+        pack(state, rows, knee, noise)
         return
     if impl == "cpp":
         raise ValueError('impl="cpp" cannot run here: there is no C++ kernel; use impl="auto" or impl="torch"')
-    _reference(state, rows, knee)
+    _reference(state, rows, knee, noise)
 
 
-def _reference(state: JacobiState, rows: PackedRows, knee: int) -> None:
+def _reference(state: JacobiState, rows: PackedRows, knee: int, noise: NoiseRows | None) -> None:
     wanted, rigid = _wanted_guesses(state, knee)
     guesses, counts = _shared(state, wanted, rigid, rows.token_ids.shape[0])
     state[Field.PLANNED].copy_(guesses)
@@ -38,7 +43,7 @@ def _reference(state: JacobiState, rows: PackedRows, knee: int) -> None:
     rows.row_start[0] = 0
     rows.row_start[1:].copy_(counts.cumsum(0))
     rows.first_position.copy_((state[Field.BASE] + state[Field.VALID]).masked_fill(counts == 0, 0))
-    _write_rows(state, rows)
+    _write_rows(state, rows, noise)
 
 
 def _wanted_guesses(state: JacobiState, knee: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +89,7 @@ def _shared(state: JacobiState, wanted: Tensor, rigid: Tensor, size: int) -> tup
     return guesses, torch.where(fits, certain + guesses, 0)
 
 
-def _write_rows(state: JacobiState, rows: PackedRows) -> None:
+def _write_rows(state: JacobiState, rows: PackedRows, noise: NoiseRows | None) -> None:
     start = rows.row_start.long()
     row = torch.arange(rows.token_ids.shape[0], device=start.device)
     slot = torch.searchsorted(start[1:], row, right=True)
@@ -97,3 +102,7 @@ def _write_rows(state: JacobiState, rows: PackedRows) -> None:
     rows.token_ids.copy_(state.text[slot, place].masked_fill(padding, 0))
     rows.positions.copy_(position)
     rows.slots.copy_((page * PAGE_SIZE + position % PAGE_SIZE).masked_fill(padding, -1))
+    if noise is not None:
+        noise.temperature.copy_(state.temperature[slot].masked_fill(padding, 0))
+        noise.seeds.copy_(state.seeds[slot].masked_fill(padding, 0))
+        noise.positions.copy_(place)  # the token at place i predicts the answer's token i

@@ -92,7 +92,7 @@ LENGTH_UNIT = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class JacobiState:
-    """The tensors of all slots; what is behind a length is padding. All int32 but ``rates``."""
+    """The tensors of all slots; what is behind a length is padding. int32 where nothing else is said."""
 
     fields: Tensor
     """[slots, len(Field)]."""
@@ -106,6 +106,10 @@ class JacobiState:
     """[slots, places]: the last iterate that was given up."""
     block_table: Tensor
     """[slots, pages]: the pages of a slot's sequence."""
+    temperature: Tensor
+    """[slots] float32; 0: greedy."""
+    seeds: Tensor
+    """[slots] int64, of the sampling noise."""
 
     @classmethod
     def allocate(cls, slots: int, places: int, pages: int, device: torch.device) -> "JacobiState":
@@ -125,6 +129,8 @@ class JacobiState:
             zeros(places),
             zeros(places),
             zeros(pages),
+            torch.zeros(slots, dtype=torch.float32, device=device),
+            torch.zeros(slots, dtype=torch.int64, device=device),
         )
 
     def __getitem__(self, field: Field) -> Tensor:
@@ -158,3 +164,24 @@ class PackedRows:
         return PackedRows(
             self.token_ids[:rows], self.positions[:rows], self.slots[:rows], self.row_start, self.first_position
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseRows:
+    """How the prediction of every packed row is drawn, as ``linear_sample`` takes it; padding rows are greedy."""
+
+    temperature: Tensor
+    """[t] float32."""
+    seeds: Tensor
+    """[t] int64."""
+    positions: Tensor
+    """[t] int64: response positions of what is predicted."""
+
+    @classmethod
+    def allocate(cls, rows: int, device: torch.device) -> "NoiseRows":
+        seeds, positions = torch.zeros(2, rows, dtype=torch.int64, device=device).unbind(0)
+        return cls(torch.zeros(rows, dtype=torch.float32, device=device), seeds, positions)
+
+    def first(self, rows: int) -> "NoiseRows":
+        """Views of the first ``rows`` rows."""
+        return NoiseRows(self.temperature[:rows], self.seeds[:rows], self.positions[:rows])

@@ -1,16 +1,17 @@
 """From an input row to its requests, turn by turn, and from their results to its output row.
 
 Besides rows of ``prompt`` and ``draft`` this reads, as they are, rows with ``turns`` and ``drafts``, AlpacaEval's model
-outputs and FastChat's MT-bench answers; each comes back in the shape it had, with the refined answers in place of the drafts.
+outputs, FastChat's MT-bench answers and results of OpenAI's batch format; each comes back in the shape it had, with the
+refined answers in place of the drafts.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from engine.errors import EngineError, InvalidRequest
-from engine.job.source import Fields, RawRow, Source
+from engine.job.questions import Questions
+from engine.job.source import Fields, RawRow, kind_of
 from engine.request import Request, Result
 
 REQUEST_FIELDS = ("prompt", "messages", "prompt_ids", "draft", "draft_ids")
@@ -20,10 +21,11 @@ OWN_FIELDS = ("id", "index", *RESULT_FIELDS, "token_ids", "answers", "error")
 REFINED = "+refined"
 """What a model's name gets behind it where the row said whose answer it holds."""
 
-Questions = Mapping[Any, list[str]]
-"""The turns of each question_id."""
-Shape = Literal["plain", "turns", "alpaca-eval", "fastchat"]
-_SHAPES: dict[str, Shape] = {"choices": "fastchat", "turns": "turns", "instruction": "alpaca-eval"}
+Shape = Literal["plain", "turns", "alpaca-eval", "fastchat", "batch"]
+_SHAPES: dict[str, Shape] = {
+    "custom_id": "batch", "choices": "fastchat", "turns": "turns", "instruction": "alpaca-eval"
+}  # fmt: skip
+_IDS: dict[Shape, str] = {"batch": "custom_id"}
 """By the field that tells them."""
 
 
@@ -123,6 +125,10 @@ class Row:
         elif self.shape == "fastchat":
             texts = iter([result.text for result in self.results])
             row["choices"] = [{**c, "turns": [next(texts) for _ in c["turns"]]} for c in row["choices"]]
+        elif self.shape == "batch" and self.error:
+            row["response"] = None
+        elif self.shape == "batch":
+            row["response"] = _with_answers(row["response"], [result.text for result in self.results])
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -154,13 +160,16 @@ def _fill(row: Row, fields: Fields, questions: Questions | None) -> None:
     consumed = ("id", "turns", "drafts") if row.shape == "turns" else ("id", *REQUEST_FIELDS)
     row.carried = {name: value for name, value in fields.items() if name not in consumed}
     name = "id" if row.shape == "plain" or fields.get("id") is not None else "question_id"
+    name = _IDS.get(row.shape, name)
     identity = fields.get(name)
     if isinstance(identity, str | int) and not isinstance(identity, bool):
         row.id = identity
     elif identity is not None:
-        raise InvalidRequest(f"{name} must be a string or an integer, got {_kind(identity)}")
+        raise InvalidRequest(f"{name} must be a string or an integer, got {kind_of(identity)}")
     if row.shape == "fastchat":
         row.turns = _fastchat_turns(fields, questions)
+    elif row.shape == "batch":
+        row.turns = _batch_turns(fields, questions)
     elif row.shape == "turns":
         row.turns = _turns("turns", fields["turns"], "drafts", fields.get("drafts"))
     elif row.shape == "alpaca-eval":
@@ -179,11 +188,11 @@ def _fill(row: Row, fields: Fields, questions: Questions | None) -> None:
 def _turns(name: str, questions: object, drafts_name: str, drafts: object) -> list[Turn]:
     """The turns of one conversation."""
     if not isinstance(questions, list) or not questions:
-        raise InvalidRequest(f"{name} must be a non-empty list of texts, got {_kind(questions)}")
+        raise InvalidRequest(f"{name} must be a non-empty list of texts, got {kind_of(questions)}")
     if drafts is None:
         drafts = []
     if not isinstance(drafts, list):
-        raise InvalidRequest(f"{drafts_name} must be a list of texts, got {_kind(drafts)}")
+        raise InvalidRequest(f"{drafts_name} must be a list of texts, got {kind_of(drafts)}")
     if len(drafts) > len(questions):
         raise InvalidRequest(f"got {len(drafts)} {drafts_name} for {len(questions)} {name}: at most one each")
     padded = drafts + [None] * (len(questions) - len(drafts))
@@ -196,7 +205,7 @@ def _turns(name: str, questions: object, drafts_name: str, drafts: object) -> li
 def _request(name: str, prompt: object, draft_name: str, draft: object) -> Request:
     for what, value in ((name, prompt), (draft_name, draft)):
         if not isinstance(value, str) and not (what is draft_name and value is None):
-            raise InvalidRequest(f"{what} must be a string, got {_kind(value)}")
+            raise InvalidRequest(f"{what} must be a string, got {kind_of(value)}")
     try:
         return Request(prompt=prompt, draft=draft)  # type: ignore[arg-type]
     except InvalidRequest as error:  # says prompt and draft
@@ -210,38 +219,50 @@ def _fastchat_turns(fields: Fields, questions: Questions | None) -> list[Turn]:
     if not isinstance(key, str | int) or key not in questions:
         raise InvalidRequest(f"question_id must name one of the {len(questions)} questions, got {key!r:.80}")
     if not isinstance(choices, list) or not choices:
-        raise InvalidRequest(f"choices must be a non-empty list, got {_kind(choices)}")
+        raise InvalidRequest(f"choices must be a non-empty list, got {kind_of(choices)}")
     turns = []
     for i, choice in enumerate(choices):
         if not isinstance(choice, dict):
-            raise InvalidRequest(f'choices[{i}] must be {{"turns": [text, ...], ...}}, got {_kind(choice)}')
+            raise InvalidRequest(f'choices[{i}] must be {{"turns": [text, ...], ...}}, got {kind_of(choice)}')
         drafts = choice.get("turns")
         if not isinstance(drafts, list) or not drafts:
-            raise InvalidRequest(f"choices[{i}].turns must be a non-empty list of texts, got {_kind(drafts)}")
+            raise InvalidRequest(f"choices[{i}].turns must be a non-empty list of texts, got {kind_of(drafts)}")
         asked = questions[key][: len(drafts)]
         turns += _turns(f"turns of question {key}", asked, f"choices[{i}].turns", drafts)
     return turns
 
 
-def read_questions(path: str) -> tuple[Questions, str]:
-    """FastChat's question file (question_id, turns) and its digest. Raises OSError, ValueError."""
-    source = Source.open(path)
-    if source.digest is None:
-        raise ValueError(f"the questions {path} must be a regular file")
-    questions: dict[Any, list[str]] = {}
-    for number, raw in enumerate(source.read()):
-        try:
-            fields = raw()
-            key = fields.get("question_id")
-            if not isinstance(key, str | int):
-                raise InvalidRequest(f"question_id must be a string or an integer, got {_kind(key)}")
-            questions[key] = [turn.request.prompt or "" for turn in _turns("turns", fields.get("turns"), "", None)]
-        except InvalidRequest as error:
-            raise ValueError(f"{path}, question {number}: {error}") from error
-    return questions, source.digest
+def _batch_turns(fields: Fields, questions: Questions | None) -> list[Turn]:
+    """Every choice of a chat completion by itself."""
+    if questions is None:
+        raise InvalidRequest(
+            "a row with custom_id, a batch's result, needs what was asked: give --questions BATCH_INPUT"
+        )
+    key, response = fields["custom_id"], fields.get("response")
+    if not isinstance(key, str) or key not in questions:
+        raise InvalidRequest(f"custom_id must name one of the {len(questions)} requests, got {key!r:.80}")
+    body = response.get("body") if isinstance(response, dict) else None
+    status = response.get("status_code") if isinstance(response, dict) else None
+    if fields.get("error") is not None or status != 200 or not isinstance(body, dict):
+        raise InvalidRequest(f"the batch has no answer to it: status {status}, error {fields.get('error')!r:.300}")
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise InvalidRequest(f"response.body.choices must be a non-empty list, got {kind_of(choices)}")
+    turns = []
+    for i, choice in enumerate(choices):
+        message = choice.get("message") if isinstance(choice, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str):
+            raise InvalidRequest(f"response.body.choices[{i}].message.content must be a string, got {kind_of(content)}")
+        turns.append(Turn(Request(messages=questions[key], draft=content)))
+    return turns
 
 
-def _kind(value: object) -> str:
-    if value is None:
-        return "nothing"
-    return f"{type(value).__name__}" + (" without elements" if value in ([], {}) else "")
+def _with_answers(response: Fields, texts: list[str | None]) -> Fields:
+    body = response["body"]
+    choices = [
+        {**choice, "message": {**choice["message"], "content": text}}
+        for choice, text in zip(body["choices"], texts, strict=True)
+    ]
+    model = {"model": body["model"] + REFINED} if isinstance(body.get("model"), str) else {}
+    return {**response, "body": {**body, **model, "choices": choices}}

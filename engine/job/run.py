@@ -8,9 +8,10 @@ from typing import Literal, Protocol
 
 from engine.job.book import Book, open_book
 from engine.job.output import Done, Refused, Settings, identity, read_finished
+from engine.job.questions import Questions
 from engine.job.reader import Reader
 from engine.job.report import Reporter
-from engine.job.rows import Questions, Row, parse_row
+from engine.job.rows import Row, parse_row
 from engine.job.shards import Assembly, Shard
 from engine.job.source import Source
 from engine.options import RefineOptions

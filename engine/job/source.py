@@ -335,3 +335,10 @@ def _as_json(value: Any, name: str) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise InvalidRequest(f"column {name!r} holds {type(value).__name__}, which JSON cannot: convert or drop it")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for messages."""
+    if value is None:
+        return "nothing"
+    return f"{type(value).__name__}" + (" without elements" if value in ([], {}) else "")

@@ -15,7 +15,7 @@ class Iterate:
     """An answer as it stands after a step: its beginning is final, the rest a guess that later steps may change."""
 
     step: int
-    """Jacobi steps so far. An update of the weights begins the answer anew, at step 1."""
+    """Jacobi steps so far. An update of the weights begins the answer anew, at step 1; on a GPU a failed step may, too."""
     token_ids: list[int]
     """The whole iterate."""
     converged_tokens: int
@@ -63,6 +63,14 @@ class Ticket:
     told: int = 0
     """The step last told to the reader."""
 
+    def __post_init__(self) -> None:
+        self.begin(self.sequence)
+
+    def begin(self, sequence: JacobiSequence) -> None:
+        """The answer is that of ``sequence``, which has not been moved yet."""
+        self.sequence, self.told = sequence, 0
+        sequence.observed = self.streamed
+
     @property
     def tokens(self) -> int:
         """Most positions that prompt and answer take in the KV cache."""
@@ -70,8 +78,11 @@ class Ticket:
 
     def tell(self) -> None:
         """Leaves the present iterate for the reader, if there is a new one."""
-        if self.streamed and self.sequence.steps != self.told:
-            self.told = self.sequence.steps
+        steps = self.sequence.steps
+        if not self.streamed or steps == self.told:
+            return
+        self.told = steps
+        if steps:  # one that begins anew has none
             self.mailbox.put(Progress(self.told, list(self.sequence.final), self.sequence.tentative))
 
     def end(self, outcome: Finished | EngineError) -> None:

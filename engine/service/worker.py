@@ -113,7 +113,7 @@ class Worker:
                 model.assign(weights)
                 for ticket in self._running:
                     scheduler.cancel(ticket.sequence)
-                    ticket.sequence, ticket.told = self._refiner._sequence(ticket.request, ticket.options), 0
+                    ticket.begin(self._refiner._sequence(ticket.request, ticket.options))
                     scheduler.add(ticket.sequence)
         except EngineError as error:
             mailbox.put(error)

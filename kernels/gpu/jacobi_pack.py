@@ -22,14 +22,14 @@ from engine.kernels.gpu.jacobi_fields import (
     WIDTH,
     WINDOW,
 )
-from engine.kernels.jacobi_state import JacobiState, PackedRows
+from engine.kernels.jacobi_state import JacobiState, NoiseRows, PackedRows
 from engine.kernels.paged_attention import PAGE_SIZE as POSITIONS
 
 PAGE_SIZE = tl.constexpr(POSITIONS)
 BLOCK = 128
 
 
-def pack(state: JacobiState, rows: PackedRows, knee: int) -> None:
+def pack(state: JacobiState, rows: PackedRows, knee: int, noise: NoiseRows | None) -> None:
     """See engine.kernels.jacobi_pack."""
     slots, size = state.fields.shape[0], rows.token_ids.shape[0]
     plan_kernel[(1,)](
@@ -38,8 +38,9 @@ def pack(state: JacobiState, rows: PackedRows, knee: int) -> None:
     )  # fmt: skip
     rows_kernel[(triton.cdiv(size, BLOCK),)](
         state.fields, state.text, state.block_table, rows.token_ids, rows.positions, rows.slots, rows.row_start,
-        rows.first_position, slots, size, state.text.shape[1], state.block_table.shape[1],
-        SEARCH=slots.bit_length(), BLOCK=BLOCK, num_warps=4,
+        rows.first_position, slots, size, state.text.shape[1], state.block_table.shape[1], state.temperature,
+        state.seeds, *((None, None, None) if noise is None else (noise.temperature, noise.seeds, noise.positions)),
+        NOISE=noise is not None, SEARCH=slots.bit_length(), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 
@@ -113,9 +114,10 @@ def _worth_their_rows(
 def rows_kernel(
     fields: tl.tensor, text: tl.tensor, block_table: tl.tensor, token_ids: tl.tensor, positions: tl.tensor,
     kv_slots: tl.tensor, row_start: tl.tensor, first_position: tl.tensor, slots: tl.tensor, size: tl.tensor,
-    places: tl.tensor, pages: tl.tensor, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+    places: tl.tensor, pages: tl.tensor, slot_temperature: tl.tensor, slot_seeds: tl.tensor, temperature: tl.tensor,
+    seeds: tl.tensor, drawn_positions: tl.tensor, NOISE: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Token, position and K/V slot of a block of rows."""
+    """Token, position and K/V slot of a block of rows; with NOISE also what their predictions are drawn with."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     owner = tl.zeros((BLOCK,), tl.int32)  # the last slot that starts at the row or before it
     for bit in tl.static_range(SEARCH):
@@ -133,3 +135,7 @@ def rows_kernel(
     tl.store(token_ids + row, token.to(tl.int64), mask=inside)
     tl.store(positions + row, tl.where(owned, position, 0).to(tl.int64), mask=inside)
     tl.store(kv_slots + row, tl.where(owned, page * PAGE_SIZE + position % PAGE_SIZE, -1), mask=inside)
+    if NOISE:
+        tl.store(temperature + row, tl.load(slot_temperature + owner, mask=owned, other=0.0), mask=inside)
+        tl.store(seeds + row, tl.load(slot_seeds + owner, mask=owned, other=0), mask=inside)
+        tl.store(drawn_positions + row, tl.where(owned, place, 0).to(tl.int64), mask=inside)

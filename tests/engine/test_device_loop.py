@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine import NonFiniteLogits, OutOfMemory, RefineOptions, Refiner
+from engine import NonFiniteLogits, RefineOptions, Refiner
 from engine.batch import StepBatch
-from engine.device_loop import DeviceLoop, choose_loop, row_counts
+from engine.device_loop import LONGEST_ANSWER, DeviceLoop, choose_loop, row_counts
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE, LinearWeight
 from engine.kv_cache import KVCache
 from engine.model import Head
 from engine.scheduler import Scheduler
+from engine.step_runner import EagerRunner, StepKind
 from tests.engine.checkpoints import Oracle, prompts
 from tests.engine.test_exactness import KINDS, expected, make_draft
 
@@ -80,7 +81,7 @@ def make(
 
 
 def start(prompt: list[int], draft: list[int], **options: Any) -> JacobiSequence:
-    return JacobiSequence(prompt, draft, RefineOptions(**options), VOCABULARY, KNEE, seed=0)
+    return JacobiSequence(prompt, draft, RefineOptions(**options), VOCABULARY, KNEE, options.get("seed", 0))
 
 
 def run(scheduler: Scheduler, sequences: list[JacobiSequence]) -> None:
@@ -110,6 +111,9 @@ OPTIONS = st.fixed_dictionaries(
         "steps": st.sampled_from([None, None, 1, 2, 4]),
         "block_size": st.sampled_from([1, 3, 8, 256]),
         "concurrency": st.sampled_from([None, None, 1, 4]),
+        "temperature": st.sampled_from([0.0, 0.0, 0.2, 1]),
+        "top_p": st.sampled_from([1.0, 1.0, 1.0, 0.9]),
+        "seed": st.sampled_from([0, 5, 2**63 - 1]),
     }
 )
 
@@ -179,23 +183,27 @@ def test_cancelling_frees_pages_at_once_and_leaves_the_others_alone(after: int) 
     assert outcome(next_one) == outcome(reference)
 
 
-def test_a_step_that_fails_ends_its_sequences_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Ledger()
-    scheduler = make(True, model, pages=4)  # room for two at a time
-    forward, calls = model.forward, iter(range(100))
+def test_noise_is_made_only_while_somebody_samples() -> None:
+    """Greedy steps are those of a loop that knows no sampling; a sampled one among them changes nobody's answer."""
+    model, kinds = Ledger(), []
 
-    def fail(batch: StepBatch, cache: KVCache) -> Tensor:
-        if next(calls) == 4:
-            raise MemoryError
-        return forward(batch, cache)
+    def record(step: Callable[[StepKind], None]) -> EagerRunner:
+        return EagerRunner(lambda kind: (kinds.append(kind), step(kind))[1])
 
-    monkeypatch.setattr(model, "forward", fail)
-    sequences = [start([5, 6] * 8, [], max_new_tokens=40, window=1) for _ in range(4)]
-    reference = start([5, 6] * 8, [], max_new_tokens=40, window=1)
-    run(make(False), [reference])
-    run(scheduler, sequences)
-    assert [type(s.error) for s in sequences[:2]] == [OutOfMemory] * 2
-    assert [outcome(s) for s in sequences[2:]] == [outcome(reference)] * 2
+    cache = model.new_cache(40)
+    scheduler = Scheduler(model, cache, 512, 4, DeviceLoop(model, cache, VOCABULARY, KNEE, 512, 4, record))
+    greedy = [start([5, 10], [], max_new_tokens=30, window=1) for _ in range(2)]
+    sampled = start([5, 10], [], max_new_tokens=6, window=1, temperature=0.3, seed=8)
+    run(scheduler, greedy[:1])
+    assert kinds
+    assert not any(kind.sampled for kind in kinds)
+    del kinds[:]
+    run(scheduler, [greedy[1], sampled])
+    assert [kind.sampled for kind in kinds] == sorted((kind.sampled for kind in kinds), reverse=True)
+    assert sum(kind.sampled for kind in kinds) in (sampled.steps, sampled.steps + 1)
+    assert not kinds[-1].sampled
+    assert outcome(greedy[0]) == outcome(greedy[1])
+    assert sampled.final != greedy[0].final[: len(sampled.final)]
 
 
 def test_the_host_reads_one_step_late_but_where_all_may_end() -> None:
@@ -229,18 +237,30 @@ def test_few_sizes_and_room_for_what_is_wanted() -> None:
     ("options", "taken"),
     [
         ({}, True),
-        ({"temperature": 0.7}, False),
+        ({"temperature": 0.7}, True),
+        ({"temperature": 0.7, "top_p": 0.9}, False),
+        ({"temperature": 0, "top_p": 0.9}, True),
         ({"steps": 2, "block_size": 8, "max_new_tokens": 300}, True),
         ({"steps": 2, "block_size": 60, "max_new_tokens": 300}, False),
         ({"window": 90, "concurrency": 2}, True),
         ({"window": 110, "concurrency": 2}, False),
-        ({"max_new_tokens": 5000}, False),
+        ({"max_new_tokens": 400}, True),
+        ({"max_new_tokens": 401}, False),
     ],
 )
 def test_what_the_loop_takes(options: dict[str, Any], taken: bool) -> None:
     loop = make(True, max_batch_tokens=100).loop
     assert loop is not None
     assert loop.takes(start([5], [], **options)) is taken
+
+
+def test_answers_as_long_as_a_slot() -> None:
+    model = Ledger()
+    model.max_positions = 20_000
+    loop = make(True, model, pages=640, max_batch_size=1).loop
+    assert loop is not None
+    assert loop.takes(start([5], [], max_new_tokens=LONGEST_ANSWER))
+    assert not loop.takes(start([5], [], max_new_tokens=LONGEST_ANSWER + 1))
 
 
 def test_which_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,10 +309,11 @@ def test_equals_greedy_generate(
 
 
 def test_sessions_with_other_options_share_a_refiner(oracle: Callable[[str], Oracle], load: Callable[..., Any]) -> None:
-    """Greedy requests on the device, sampled ones by the host, at the same time."""
+    """Greedy and sampled requests on the device, those with a nucleus by the host, at the same time."""
     options = [
         RefineOptions(max_new_tokens=20),
         RefineOptions(max_new_tokens=20, temperature=0.8, seed=3),
+        RefineOptions(max_new_tokens=20, temperature=0.8, seed=3, top_p=0.7),
         RefineOptions(max_new_tokens=20, steps=2, block_size=6),
     ]
     requests = [{"prompt_ids": p, "draft_ids": p[::-1]} for p in prompts(1)[:4]]

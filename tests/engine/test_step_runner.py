@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from engine.step_runner import EagerRunner, GraphRunner
+from engine.step_runner import EagerRunner, GraphRunner, StepKind
 
 
 class Recorder:
@@ -16,10 +16,10 @@ class Recorder:
         self.refuses = refuses
         self.capturing = False
 
-    def step(self, rows: int) -> None:
-        if self.capturing and rows in self.refuses:
+    def step(self, kind: StepKind) -> None:
+        if self.capturing and kind.rows in self.refuses:
             raise RuntimeError("operation not permitted when stream is capturing")
-        self.log.append(f"{'capture' if self.capturing else 'run'} {rows}")
+        self.log.append(f"{'capture' if self.capturing else 'run'} {kind.rows}{' sampled' * kind.sampled}")
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -51,12 +51,23 @@ def test_the_first_step_warms_up_the_second_is_captured_and_all_others_replay() 
     recorder = Recorder()
     runner = GraphRunner(recorder.step, recorder)
     for rows in (16, 16, 32, 16, 32, 32):
-        runner.launch(rows)
+        runner.launch(StepKind(rows))
     warm_up = ["side", "run {}", "back"]
     capture = ["capture {}", "replay"]
     expected = [*warm_up, *capture], [*warm_up], ["replay"], [*capture, "replay"]
     sizes = (16, 32, 16, 32)
     assert recorder.log == [line.format(rows) for part, rows in zip(expected, sizes, strict=True) for line in part]
+
+
+def test_steps_that_sample_have_graphs_of_their_own() -> None:
+    recorder = Recorder()
+    runner = GraphRunner(recorder.step, recorder)
+    for sampled in (False, False, True, False, True, True):
+        runner.launch(StepKind(16, sampled))
+    ran = [line for line in recorder.log if line not in ("side", "back")]
+    assert ran == [
+        "run 16", "capture 16", "replay", "run 16 sampled", "replay", "capture 16 sampled", "replay", "replay",
+    ]  # fmt: skip
 
 
 def test_every_launch_runs_the_step_once() -> None:
@@ -65,7 +76,7 @@ def test_every_launch_runs_the_step_once() -> None:
     runner = GraphRunner(recorder.step, recorder)
     for launches in range(1, 6):
         for rows in (16, 32):
-            runner.launch(rows)
+            runner.launch(StepKind(rows))
         assert sum(line.startswith(("run", "replay")) for line in recorder.log) == 2 * launches
 
 
@@ -73,7 +84,7 @@ def test_a_size_that_cannot_be_captured_is_said_once_and_runs_without(caplog: py
     recorder = Recorder(refuses=(32,))
     runner = GraphRunner(recorder.step, recorder)
     for _ in range(4):
-        runner.launch(32)
+        runner.launch(StepKind(32))
     assert recorder.log == ["side", "run 32", "back"] * 4
     assert [record.message for record in caplog.records] == [
         "a step of 32 rows cannot be captured as a CUDA graph and runs without: "
@@ -82,20 +93,20 @@ def test_a_size_that_cannot_be_captured_is_said_once_and_runs_without(caplog: py
 
 
 def test_an_error_of_a_step_that_runs_is_the_callers() -> None:
-    def broken(rows: int) -> None:
+    def broken(kind: StepKind) -> None:
         raise RuntimeError("out of memory")
 
     runner = GraphRunner(broken, Recorder())
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
-            runner.launch(16)
+            runner.launch(StepKind(16))
 
 
 def test_close_resets_every_graph() -> None:
     recorder = Recorder()
     runner = GraphRunner(recorder.step, recorder)
     for rows in (16, 16, 32, 32, 64):
-        runner.launch(rows)
+        runner.launch(StepKind(rows))
     recorder.log.clear()
     runner.close()
     runner.close()
@@ -105,6 +116,6 @@ def test_close_resets_every_graph() -> None:
 def test_eager_runs_at_once() -> None:
     recorder = Recorder()
     runner = EagerRunner(recorder.step)
-    runner.launch(16)
+    runner.launch(StepKind(16))
     runner.close()
     assert recorder.log == ["run 16"]

@@ -4,15 +4,17 @@ Not collected by default: test_triton_interpreter.py runs this file in a process
 """
 
 import os
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import Field, JacobiState, PackedRows, Phase, Rate, jacobi_accept, jacobi_pack
+from engine.kernels import Field, JacobiState, NoiseRows, PackedRows, Phase, Rate, jacobi_accept, jacobi_pack
 from engine.kernels.jacobi_state import LONGEST_TEXT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+Rows = TypeVar("Rows", PackedRows, NoiseRows)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 WORDS, EOS = 5, 3  # few words: guesses are often right and texts repeat
 
@@ -59,6 +61,7 @@ def random_state(seed: int, slots: int, places: int) -> JacobiState:
         state.iterate[slot, : f[Field.ITERATE]] = token[2, : f[Field.ITERATE]]
         pages = -(-(f[Field.BASE] + limit) // 32)
         state.block_table[slot, :pages] = torch.randint(0, 1 << 28, (pages,), generator=g, dtype=torch.int32)
+        state.temperature[slot], state.seeds[slot] = draw(0, 3) / 2, 2**63 - 1 - draw(0, 2**40)
     return state
 
 
@@ -71,13 +74,16 @@ def assert_same(one: JacobiState, other: JacobiState) -> None:
         assert torch.equal(one[field], other[field]), field.name
     # exp2 and powers differ in the last places of what is added up
     torch.testing.assert_close(one.rates, other.rates, rtol=1e-5, atol=1e-6)
-    for name in ("text", "draft", "iterate", "block_table"):
+    for name in ("text", "draft", "iterate", "block_table", "temperature", "seeds"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def poisoned_rows(size: int, slots: int) -> PackedRows:
-    rows = PackedRows.allocate(size, slots, DEVICE)
-    for name in PackedRows.__slots__:
+    return poisoned(PackedRows.allocate(size, slots, DEVICE))
+
+
+def poisoned(rows: Rows) -> Rows:
+    for name in rows.__slots__:
         getattr(rows, name).fill_(-77)
     return rows
 
@@ -93,7 +99,17 @@ def predictions_for(state: JacobiState, rows: PackedRows, seed: int, right: floa
     return predicted.to(DEVICE)
 
 
-SHAPES = [(1, 2, 1), (1, 9, 4), (3, 17, 40), (4, 40, 16), (8, 70, 128), (5, 600, 700), (13, 33, 100), (64, 40, 300)]
+SHAPES = [
+    (1, 2, 1),
+    (1, 9, 4),
+    (3, 17, 40),
+    (4, 40, 16),
+    (8, 70, 128),
+    (5, 600, 700),
+    (13, 33, 100),
+    (64, 40, 300),
+    (2, LONGEST_TEXT, 500),
+]
 CASES = [(seed, *shape) for shape in SHAPES for seed in range(4)]
 
 
@@ -107,6 +123,27 @@ def test_pack(seed: int, slots: int, places: int, size: int) -> None:
     assert_same(found, expected)
     for name in PackedRows.__slots__:
         assert torch.equal(getattr(rows, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize(("seed", "slots", "places", "size"), CASES)
+def test_pack_with_noise(seed: int, slots: int, places: int, size: int) -> None:
+    """The rows are the same ones; each has its slot's temperature and seed, and the position of what it predicts."""
+    state = random_state(50 + seed, slots, places)
+    plain, rows, noise = copy(state), poisoned_rows(size, slots), NoiseRows.allocate(size, DEVICE)
+    jacobi_pack(plain, rows, 99, impl="torch")
+    for slot in range(slots):
+        own = slice(int(rows.row_start[slot]), int(rows.row_start[slot + 1]))
+        noise.temperature[own], noise.seeds[own] = state.temperature[slot].item(), int(state.seeds[slot])
+        noise.positions[own] = rows.positions[own] - int(state[Field.BASE][slot])
+    for impl in ("torch", "triton"):
+        moved, rows_found = copy(state), poisoned_rows(size, slots)
+        found = poisoned(NoiseRows.allocate(size, DEVICE))
+        jacobi_pack(moved, rows_found, 99, found, impl=impl)
+        assert_same(moved, plain)
+        for name in PackedRows.__slots__:
+            assert torch.equal(getattr(rows_found, name), getattr(rows, name)), (impl, name)
+        for name in NoiseRows.__slots__:
+            assert torch.equal(getattr(found, name), getattr(noise, name)), (impl, name)
 
 
 @pytest.mark.parametrize(("seed", "slots", "places", "size"), CASES)
@@ -162,6 +199,8 @@ def test_refusals() -> None:
     state, rows = copy(random_state(0, 2, 9)), poisoned_rows(4, 3)
     with pytest.raises(ValueError, match="as many slots in rows as in state"):
         jacobi_pack(state, rows, 11, impl="triton")
+    with pytest.raises(ValueError, match="noise needs an entry per row: got 5 for 4 rows"):
+        jacobi_pack(state, poisoned_rows(4, 2), 11, NoiseRows.allocate(5, DEVICE))
     with pytest.raises(ValueError, match="at least one EOS"):
         jacobi_accept(state, rows.token_ids, rows.row_start, torch.empty(0, dtype=torch.int32), impl="triton")
     with pytest.raises(ValueError, match="no C"):

@@ -57,20 +57,25 @@ class Fragile(Ledger):
         super().__init__()
         self.failures: list[Exception] = []
         self.passes = 0
-        self._failed = True  # no failure in the first pass: two in turn end a request
+        self._failed = True  # no failure in the first pass: two in turn end a request, but for those of the device loop
 
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         self.passes += 1
-        if self.failures and not self._failed:
-            self._failed = True
+        of_loop = batch.logit_rows is None
+        injected = bool(self.failures) and (of_loop or not self._failed)
+        poisoned = bool(((batch.positions == 0) & (batch.token_ids == POISON)).any())
+        self._failed = self._failed if of_loop else injected or poisoned
+        if injected:
             raise self.failures.pop()
-        self._failed = bool(((batch.positions == 0) & (batch.token_ids == POISON)).any())
-        if self._failed:
+        if poisoned:
             raise RuntimeError("poisoned")
         hidden = super().forward(batch, cache)
         first_tokens = cache.k[0].view(-1, PAGE_SIZE)[batch.block_table[:, 0].long(), 0]
         bad = (first_tokens == NAN).repeat_interleave(batch.row_start.diff().long())
-        hidden[bad[batch.logit_rows]] = torch.nan
+        if batch.logit_rows is None:
+            hidden[: self.rows][bad] = torch.nan
+        else:
+            hidden[bad[batch.logit_rows]] = torch.nan
         return hidden
 
 

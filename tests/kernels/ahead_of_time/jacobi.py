@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.kernels import JacobiState, PackedRows
+from engine.kernels import JacobiState, NoiseRows, PackedRows
 from engine.kernels.gpu import jacobi_accept, jacobi_pack
 from tests.kernels.ahead_of_time.compiling import Launch, distinct, meta, recording
 
@@ -22,6 +22,7 @@ def launches(shape: str) -> list[Launch]:
     rows = PackedRows.allocate(size, slots, device)
     predictions, eos = meta(size, dtype=torch.int64), meta(2, dtype=torch.int32)
     with recording(*MODULES) as found:
-        jacobi_pack.pack(state, rows, 200)
+        jacobi_pack.pack(state, rows, 200, None)
+        jacobi_pack.pack(state, rows, 200, NoiseRows.allocate(size, device))
         jacobi_accept.accept(state, predictions, rows.row_start, eos)
     return distinct(found)
