@@ -69,7 +69,8 @@ def paged_attention(
     if choose_triton(impl, q, _fits_triton(*tensors, heads, scale, softcap, layout), TRITON_REQUIREMENT):
         from engine.kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(*tensors, heads, scale, softcap or None, window, longest)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return gpu.paged_attention(*tensors, heads, scale, softcap or None, window, longest)
     kv_heads, head_dim = _heads(k_cache, layout)
     indices = (block_table, row_start, first_position)
     supported = (
