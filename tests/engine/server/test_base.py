@@ -174,6 +174,19 @@ def test_a_full_queue_a_draining_server_and_a_dead_engine() -> None:
             assert (dead.status_code, dead.json()["error"]["code"]) == (503, "EngineDead")
 
 
+def test_a_fault_of_the_server_itself(start: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told without its details, and costs nobody else anything."""
+    monkeypatch.setattr("engine.server.chat.secrets.token_hex", lambda _: 1 / 0)
+    api = client(start())
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as failed:
+            api.chat.completions.create(model=MODEL, messages=QUESTION, stream=stream)
+        assert (failed.value.status_code, failed.value.code) == (500, "unexpected")
+        assert "zero" not in failed.value.message
+    monkeypatch.undo()
+    assert api.chat.completions.create(model=MODEL, messages=QUESTION).choices[0].message.content
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_events_are_read_however_they_are_cut(size: int) -> None:
     body = b"\xef: no field\n: comment\n\ndata:one\r\n\r\nevent: x\ndata: two\ndata:  lines\n\n\n\n"
