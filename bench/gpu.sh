@@ -55,45 +55,55 @@ if compgen -G "${PEER_WHEELS:-/nonexistent}/*.whl" >/dev/null; then
 fi
 
 failed=()
-stage() { # name, seconds, command ..: its output is kept as <name>_gpu.log
-    local name=$1 seconds=$2 started=$SECONDS
-    shift 2
-    timeout "$seconds" "$@" 2>&1 | tee "$OUT/${name}_gpu.log" || failed+=("$name")
-    echo "-- $name: $((SECONDS - started)) s"
+declare -A weights=([tests]=150 [sanitizer]=70 [kernels]=100 [engine]=120 [loss]=90)
+total=$([ "$dry" ] && echo 1800 || echo 520) # seconds; what a stage leaves of its part goes to those behind it
+waiting=0
+for stage in ${stages//,/ }; do waiting=$((waiting + weights[$stage])); done
+
+wanted() { # name: whether it is; sets the stage's seconds
+    [[ ,$stages, == *,"$1",* ]] || return 1
+    limit=$(((total - SECONDS) * weights[$1] / waiting))
+    waiting=$((waiting - weights[$1]))
 }
-wanted() { [[ ,$stages, == *,"$1",* ]]; }
+stage() { # name, command ..: its output is kept as <name>_gpu.log
+    local name=$1 started=$SECONDS
+    shift
+    timeout -k 5 "$limit" "$@" 2>&1 | tee "$OUT/${name}_gpu.log" || failed+=("$name")
+    echo "-- $name: $((SECONDS - started)) s of $limit"
+}
 
 pytest=("$python" -m pytest -p no:cacheprovider -W ignore)
 if [ "$dry" ]; then
-    export TRITON_INTERPRET=1
-    # some of each file: all of them are part of `make test`
-    cases=(-n "${JOBS:-2}" --few 6)
-    limit=300
+    # what runs on a GPU without being asked: the kernels, and the loop, though without graphs
+    export TRITON_INTERPRET=1 DIFFPO_LOOP=device
+    # some of each file: all of the kernels' are part of `make test`
+    cases=(-n "${JOBS:-2}" --few "${FEW:-6}")
 else
     unset TRITON_INTERPRET
     # Triton compiles hundreds of variants: that is what takes the time, on the CPU
     cases=(-n "${JOBS:-12}")
-    limit=200
 fi
 if wanted tests; then
-    stage tests "$limit" "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*_gpu_cases.py
+    stage tests "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*_gpu_cases.py
 fi
 if wanted sanitizer; then
     if [ "$dry" ] || ! command -v compute-sanitizer >/dev/null; then
-        echo "-- sanitizer: left out, compute-sanitizer is ${dry:+for a GPU}${dry:-not installed}" | tee "$OUT/sanitizer_gpu.log"
+        echo "-- sanitizer: left out, compute-sanitizer is $([ "$dry" ] && echo "for a GPU" || echo "not installed")" | tee "$OUT/sanitizer_gpu.log"
     else
-        stage sanitizer 120 compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
-            "${pytest[@]}" --few 2 tests/kernels/*_triton_*cases.py
+        # each tensor an allocation of its own, so that what lies behind it is nobody's
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer compute-sanitizer --tool memcheck --error-exitcode 1 \
+            --target-processes all "${pytest[@]}" --few 2 tests/kernels/*_triton_*cases.py
     fi
 fi
+# a case that has begun is finished: the stages stop early enough for one
 if wanted kernels; then
-    stage kernels 120 "$python" -m bench.gpu.run --stages kernels --seconds 80 $dry
+    stage kernels "$python" -m bench.gpu.run --stages kernels --seconds $((limit - 20)) $dry
 fi
 if wanted engine; then
-    stage engine 200 "$python" -m bench.gpu.run --stages engine --seconds 150 $dry
+    stage engine "$python" -m bench.gpu.run --stages engine --seconds $((limit - 25)) $dry
 fi
 if wanted loss; then
-    stage loss 180 "$python" -m bench.bench_consistency_loss_gpu --seconds 150 "${loss_options[@]}" $dry
+    stage loss "$python" -m bench.bench_consistency_loss_gpu --seconds $((limit - 20)) "${loss_options[@]}" $dry
 fi
 [ ${#failed[@]} -eq 0 ] || echo "failed: ${failed[*]}"
 exit $((${#failed[@]} > 0))

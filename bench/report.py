@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import targets
 from bench.measure import RESULTS
 from bench.reproduction.table import correctors, summary
 from engine.refiner import DEFAULT_CHECKPOINT
@@ -85,24 +86,46 @@ def training_step(results: dict[str, Any]) -> str:
     return table(["model", "dtype", "drafts", "train_step", *(f"{name} /" for name in peers)], rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "consistency-loss": ("consistency_loss_cpu", consistency_loss),
-    "consistency-loss-sparse": ("consistency_loss_cpu", sparse_loss),
-    "consistency-loss-accuracy": ("consistency_loss_cpu", accuracy),
-    "training-step": ("train_step_cpu", training_step),
-    "reproduction": ("reproduction", summary),
-    "correctors": ("reproduction", lambda results: correctors(results["correctors"]).rstrip()),
+def on_gpus(folder: Path) -> str:
+    """Every operation and the engine, with what bench/gpu.sh measured, if it did, beside what is to be reached."""
+
+    def results(stage: str) -> dict[str, Any]:
+        path = folder / f"{stage}_gpu.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    lines = targets.kernel_lines(results("kernels").get("kernels", {}))
+    lines += targets.loss_lines(results("consistency_loss"))
+    lines += targets.engine_lines(results("engine").get("engine", {}))
+    return table(["on a GPU, bfloat16", "target", "measured"], [list(line) for line in lines])
+
+
+Table = Callable[[Path], str]
+
+
+def of(results: str, make: Callable[[dict[str, Any]], str]) -> Table:
+    """What ``make`` says of the results of that name, in a folder of results."""
+    return lambda folder: make(json.loads((folder / f"{results}.json").read_text()))
+
+
+TABLES: dict[str, Table] = {
+    "consistency-loss": of("consistency_loss_cpu", consistency_loss),
+    "consistency-loss-sparse": of("consistency_loss_cpu", sparse_loss),
+    "consistency-loss-accuracy": of("consistency_loss_cpu", accuracy),
+    "training-step": of("train_step_cpu", training_step),
+    "reproduction": of("reproduction", summary),
+    "correctors": of("reproduction", lambda results: correctors(results["correctors"]).rstrip()),
+    "gpu": on_gpus,
 }
-"""Marker in a README: name of the results, and what makes a table of them."""
+"""By their markers in a README."""
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
     """``text`` with a table between each pair of markers in it."""
-    for name, (file, make) in TABLES.items():
-        if f"<!-- {name} -->" not in text:
-            continue
-        filled = f"<!-- {name} -->\n{make(json.loads((folder / f'{file}.json').read_text()))}\n<!-- /{name} -->"
-        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=filled: new, text, flags=re.DOTALL)
+    for name, make in TABLES.items():
+        if f"<!-- {name} -->" in text:
+            filled = f"<!-- {name} -->\n{make(folder)}\n<!-- /{name} -->"
+            text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=filled: new, text, flags=re.DOTALL)
     return text
 
 

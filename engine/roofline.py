@@ -53,10 +53,11 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
             call()
             found.append(time.perf_counter() - start)
         return min(found)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):  # an event is recorded on the current device
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        torch.cuda.synchronize()
     return min(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3

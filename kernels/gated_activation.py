@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,8 @@ def gated_activation(gate_up: Tensor, activation: Activation, *, impl: Impl = "a
     if choose_triton(impl, gate_up, triton_fits, "a contiguous input [m, 2 * width] without gradient"):
         from engine.kernels.gpu import gated_activation as gpu
 
-        return gpu.gated_activation(gate_up, activation)
+        with torch.cuda.device_of(gate_up):  # Triton launches on the current device
+            return gpu.gated_activation(gate_up, activation)
     supported = shape_fits and is_native_layout(gate_up)
     library = choose(impl, supported, "a contiguous float32 input [m, 2 * width]")
     if library is None:

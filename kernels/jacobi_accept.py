@@ -37,7 +37,8 @@ def jacobi_accept(
     ):
         from engine.kernels.gpu.jacobi_accept import accept
 
-        accept(state, predictions, row_start, eos)
+        with torch.cuda.device_of(state.text):  # Triton launches on the current device
+            accept(state, predictions, row_start, eos)
         return
     if impl == "cpp":
         raise ValueError('impl="cpp" cannot run here: there is no C++ kernel; use impl="auto" or impl="torch"')

@@ -27,7 +27,8 @@ def jacobi_pack(
     if choose_triton(impl, state.text, supported, "at least one row, and as many slots in rows as in state"):
         from engine.kernels.gpu.jacobi_pack import pack
 
-        pack(state, rows, knee, noise)
+        with torch.cuda.device_of(state.text):  # Triton launches on the current device
+            pack(state, rows, knee, noise)
         return
     if impl == "cpp":
         raise ValueError('impl="cpp" cannot run here: there is no C++ kernel; use impl="auto" or impl="torch"')

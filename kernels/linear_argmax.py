@@ -34,7 +34,8 @@ def linear_argmax(
     if choose_triton(impl, hidden, triton_takes(hidden, weight, bias, row_count), TRITON_INPUTS):
         from engine.kernels.gpu import linear_argmax as gpu
 
-        return gpu.linear_argmax(hidden, weight.data, bias, softcap, row_count)
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            return gpu.linear_argmax(hidden, weight.data, bias, softcap, row_count)
     library = choose(impl, weight.takes(hidden, bias), "a packed weight and contiguous float32 inputs of its shape")
     if library is None:
         index, value = _reference(hidden, weight, bias, softcap)

@@ -62,9 +62,10 @@ def linear_sample(
     if choose_triton(impl, hidden, supported, f"{TRITON_INPUTS}, temperature float32, seeds and positions int64"):
         from engine.kernels.gpu import linear_sample as gpu
 
-        return gpu.linear_sample(
-            hidden, weight.data, bias, temperature, seeds, positions, softcap, row_count, log_probability
-        )
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            return gpu.linear_sample(
+                hidden, weight.data, bias, temperature, seeds, positions, softcap, row_count, log_probability
+            )
     index, log_p = _reference(hidden, weight, bias, temperature, seeds, positions, softcap, log_probability)
     if row_count is not None:
         unused = torch.arange(hidden.shape[0], device=hidden.device) >= row_count

@@ -11,8 +11,9 @@ from engine.kernels.triton_choice import choose_triton
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
 
 TRITON_REQUIREMENT = (
-    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head, '
-    "contiguous int32 indices, all on one device and of shapes that belong together, a positive scale, and no gradient"
+    'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head '
+    "(32 in float32 with more than 128 columns), contiguous int32 indices, all on one device and of shapes that belong "
+    "together, a positive scale, and no gradient"
 )
 
 KVLayout = Literal["panels", "nhd"]
@@ -68,7 +69,8 @@ def paged_attention(
     if choose_triton(impl, q, _fits_triton(*tensors, heads, scale, softcap, layout), TRITON_REQUIREMENT):
         from engine.kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(*tensors, heads, scale, softcap or None, window, longest)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return gpu.paged_attention(*tensors, heads, scale, softcap or None, window, longest)
     kv_heads, head_dim = _heads(k_cache, layout)
     indices = (block_table, row_start, first_position)
     supported = (
@@ -145,7 +147,7 @@ def _fits_triton(
         k_cache.shape == v_cache.shape == kv_cache_shapes(k_cache.shape[0], kv_heads, head_dim, "nhd")[0]
         and 0 < head_dim <= 256
         and heads % kv_heads == 0
-        and 0 < heads // kv_heads <= 64
+        and 0 < heads // kv_heads <= (32 if q.dtype is torch.float32 and head_dim > 128 else 64)  # lines of a tile
         and q.shape[1] >= heads * head_dim
         and q.stride(1) == 1
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)

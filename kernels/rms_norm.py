@@ -26,7 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     if choose_triton(impl, x, triton_fits and is_triton_layout(x, weight, residual), TRITON_INPUTS):
         from engine.kernels.gpu import rms_norm as gpu
 
-        return gpu.rms_norm(x, weight, eps, residual)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return gpu.rms_norm(x, weight, eps, residual)
     supported = shapes_fit and is_native_layout(x, weight, residual)
     library = choose(impl, supported, "contiguous float32 inputs [m, d] and [d]")
     if library is None:

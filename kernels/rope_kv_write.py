@@ -42,7 +42,8 @@ def rope_kv_write(
     if choose_triton(impl, qkv, triton_fits, TRITON_INPUTS):
         from engine.kernels.gpu import rope_kv_write as gpu
 
-        gpu.rope_kv_write(qkv, rotation, positions, slots, k_cache, v_cache, head_dim, q_norm, k_norm, eps)
+        with torch.cuda.device_of(qkv):  # Triton launches on the current device
+            gpu.rope_kv_write(qkv, rotation, positions, slots, k_cache, v_cache, head_dim, q_norm, k_norm, eps)
         return
     supported = (
         fits

@@ -1,13 +1,16 @@
 """Whole steps and whole refinements on models of real shapes, against transformers and the public script's algorithm."""
 
+import functools
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from bench.baselines import full_reforward_jacobi, greedy_generate
+from bench.gpu.host_gaps import host_gaps
 from bench.gpu.models import Pair, pair
 from bench.gpu.timing import Stopwatch
 from engine import RefineOptions
@@ -16,7 +19,8 @@ from engine.kernels import linear_argmax
 from engine.kv_cache import pages_for
 from engine.roofline import Roofline
 
-MODELS = ("gemma-2-2b", "llama-3-8b", "gemma-2-9b")
+MODELS = ("gemma-2-9b", "gemma-2-2b", "llama-3-8b")
+"""The first is what targets are set for."""
 BATCHES = (1, 8, 32)
 STEP_ROWS = 256
 PROMPT = 128
@@ -24,8 +28,11 @@ PROMPT = 128
 Requests = list[dict[str, Any]]
 
 
-def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, Any]:
-    """Of every model its step and its refinements; what no time is left for is left out and says so."""
+def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> Iterator[dict[str, Any]]:
+    """Of every model its step and its refinements, yielded after each as far as they are known.
+
+    What no time is left for is left out and says so.
+    """
     found: dict[str, Any] = {}
     models = ("tiny",) if tiny else MODELS
     for number, name in enumerate(models):
@@ -36,30 +43,57 @@ def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float
             found[name] = {"error": "left out: no time"}
             continue
         try:
-            found[name] = of_model(name, watch, ceilings, tiny=tiny, deadline=share)
+            for record in of_model(name, watch, ceilings, tiny=tiny, deadline=share):
+                found[name] = record
+                yield found
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
             print(f"{name}: {found[name]['error']}", flush=True)
+        torch.compiler.reset()
+        gc.collect()  # a compiled model refers to itself, and the next one needs its memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return found
+    yield found
 
 
-def of_model(name: str, watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, Any]:
+def of_model(
+    name: str, watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """What is known of a model, after every part."""
     batches = (1, 2) if tiny else BATCHES
     prompt, answer = (8, 16) if tiny else (PROMPT, 256)
     subject = pair(name, watch.device, max(batches), prompt + answer)
+    record: dict[str, Any] = {"parameters": subject.parameters, "prompt": prompt, "answer": answer}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "step": functools.partial(step, subject, watch, ceilings, 16 if tiny else STEP_ROWS, prompt),
+        "host_gaps": functools.partial(gaps_alone, subject, watch.device, prompt, answer),
+    }
+    for batch in batches:
+        parts[f"batch {batch}"] = functools.partial(
+            refinements, subject, batch, prompt, answer, 1 if tiny else 3, deadline
+        )
     with subject.refiner:
-        record: dict[str, Any] = {"parameters": subject.parameters, "prompt": prompt, "answer": answer}
-        record["step"] = step(subject, watch, ceilings, 16 if tiny else STEP_ROWS, prompt)
-        print(f"{name} step: {record['step']}", flush=True)
-        for batch in batches:
-            if time.monotonic() > deadline:
-                record[f"batch {batch}"] = {"error": "left out: no time"}
-                continue
-            record[f"batch {batch}"] = refinements(subject, batch, prompt, answer, 1 if tiny else 3, deadline)
-            print(f"{name} batch {batch}: {record[f'batch {batch}']}", flush=True)
-    return record
+        for part, measured in parts.items():
+            late = time.monotonic() > deadline
+            record[part] = {"error": "left out: no time"} if late else attempted(measured)
+            print(f"{name} {part}: {record[part]}", flush=True)
+            yield record
+
+
+def attempted(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it returns; an exception as its text."""
+    try:
+        return measured()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
+
+
+def gaps_alone(subject: Pair, device: torch.device, prompt: int, answer: int) -> dict[str, Any]:
+    """Between the steps of one sequence without a draft, which takes most of them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, subject.model.spec.vocab_size, (prompt,), generator=generator).tolist()
+    options = RefineOptions(max_new_tokens=answer, realign=False)
+    return host_gaps(lambda: subject.refiner.refine([{"prompt_ids": ids}], options), device)
 
 
 def step(subject: Pair, watch: Stopwatch, ceilings: Roofline, rows: int, position: int) -> dict[str, Any]:
@@ -123,23 +157,37 @@ def refinements(subject: Pair, batch: int, prompt: int, answer: int, rounds: int
         variants["public script's loop, random draft"] = lambda: full_reforward_jacobi(
             subject.theirs, prompts[0], draft, answer, 0, frozenset()
         )
-    record: dict[str, Any] = {"tokens": batch * answer, "seconds": {}, "first_call_seconds": {}}
     refined = [result.token_ids for result in subject.refiner.refine(right, options)]
-    record["right_draft_kept"] = share_equal(refined, answers)
+    record = {"tokens": batch * answer, "right_draft_kept": share_equal(refined, answers)}
+    return record | compared(variants, answers, rounds, deadline)
+
+
+def compared(
+    variants: dict[str, Callable[[], Any]], answers: list[list[int]], rounds: int, deadline: float
+) -> dict[str, Any]:
+    """Seconds of every variant, in turn, as far as there is time; what a peer fails with is a result."""
+    record: dict[str, Any] = {"first_call_seconds": {}, "errors_of_peers": {}}
     for name, call in variants.items():
         if time.monotonic() > deadline:
             break
-        record["first_call_seconds"][name], output = timed(call)
+        try:
+            record["first_call_seconds"][name], output = timed(call)
+        except Exception as error:
+            if name.startswith("refine"):
+                raise
+            record["errors_of_peers"][name] = f"{type(error).__name__}: {error}"[:400]
+            continue
         if name.startswith("generate"):  # in bfloat16 near-ties fall differently
             record["tokens_equal_to_" + name.replace(", ", "_").replace(" ", "_")] = share_equal(output, answers)
-    able = {name: variants[name] for name in record["first_call_seconds"]}
+    seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         if time.monotonic() > deadline:
             break
-        for name, call in able.items():
-            record["seconds"].setdefault(name, []).append(timed(call)[0])
-    medians = {name: statistics.median(values) for name, values in record["seconds"].items()}
-    record["tokens_per_second"] = {name: batch * answer / value for name, value in medians.items()}
+        for name in record["first_call_seconds"]:
+            seconds.setdefault(name, []).append(timed(variants[name])[0])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = sum(map(len, answers))
+    record |= {"seconds": seconds, "tokens_per_second": {name: tokens / value for name, value in medians.items()}}
     fastest = min((value for name, value in medians.items() if name.startswith("generate")), default=None)
     if fastest:
         record["times_faster_than_generate"] = {

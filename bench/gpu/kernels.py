@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,30 +20,38 @@ OPERATIONS = (
     "gated_activation",
     "jacobi_accept",
 )
+"""A module of each is here, with its ``cases``; those of the most important shapes come first."""
+Results = dict[str, list[dict[str, Any]]]
 
 
-def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> dict[str, list[dict[str, Any]]]:
-    """Of every operation its cases; a failure is recorded and stops only itself."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for operation in OPERATIONS:
-        found[operation] = records = []
+def measure(watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float) -> Iterator[Results]:
+    """Of every operation its cases, yielded after each as far as they are known; a failure stops only its operation."""
+    found: Results = {}
+    for number, operation in enumerate(OPERATIONS):
+        # what an operation leaves of its share goes to those behind it
+        share = time.monotonic() + (deadline - time.monotonic()) / (len(OPERATIONS) - number)
+        records: list[dict[str, Any]] = []
+        found[operation] = records
         try:
-            module = importlib.import_module(f"bench.gpu.{operation}")
-            cases: Iterable[Case] = module.cases(watch.device, tiny=tiny)
+            cases: Iterable[Case] = importlib.import_module(f"bench.gpu.{operation}").cases(watch.device, tiny=tiny)
             for case in cases:
-                if time.monotonic() > deadline:
-                    records.append({"shape": case.shape, "error": "left out: no time"})
-                    continue
+                if time.monotonic() > share:
+                    records.append({"shape": case.shape, "error": "left out, and those behind it: no time"})
+                    break
+                # each shape is compiled anew, which PyTorch would give up after eight
+                torch.compiler.reset()
                 records.append(one(case, watch, ceilings, 1 if tiny else 7))
+                yield found
         except Exception as error:
             records.append({"error": f"{type(error).__name__}: {error}"[:400]})
             print(f"{operation}: {records[-1]['error']}", flush=True)
-    return found
+        yield found
 
 
 def one(case: Case, watch: Stopwatch, ceilings: Roofline, rounds: int) -> dict[str, Any]:
     """Time of every variant that runs, how far it is from the floor, and how far its output is from ours."""
-    record: dict[str, Any] = {"shape": case.shape, "bytes": case.bytes, "flops": case.flops, "variants": {}}
+    record: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "bytes": case.bytes}
+    record |= {"flops": case.flops, "variants": {}}
     record["floor_seconds"] = floor = ceilings.floor(case.bytes, case.flops)
     able = {}
     ours: list[Tensor] = []
@@ -95,7 +103,3 @@ def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [part for part in value if isinstance(part, Tensor)] if isinstance(value, tuple | list) else []
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,18 +21,18 @@ SHAPES = {  # d, vocabulary, soft-cap
     "llama-3-8b": (4096, 128256, None),
     "qwen2.5-0.5b": (896, 151936, None),
 }
-ROWS = (1, 16, 64, 128, 256, 1024)
+ROWS = (256, 1, 16, 64, 128, 1024)
 TEMPERATURE = 0.7
 
 
-def cases(tiny: bool) -> Iterator[Case]:
+def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
     """``tiny``: shapes for Triton's interpreter on a CPU, float32."""
     if tiny:
         for rows in (1, 17):
-            yield from pair("tiny", rows, 32, 200, 5.0, torch.float32, torch.device("cpu"))
+            yield from pair("tiny", rows, 32, 200, 5.0, torch.float32, device)
         return
-    for (name, (d, v, softcap)), rows in product(SHAPES.items(), ROWS):
-        yield from pair(name, rows, d, v, softcap, torch.bfloat16, torch.device("cuda"))
+    for rows, (name, (d, v, softcap)) in product(ROWS, SHAPES.items()):
+        yield from pair(name, rows, d, v, softcap, torch.bfloat16, device)
 
 
 def pair(
@@ -61,7 +61,7 @@ def variants(
 ) -> dict[str, Callable[[], object]]:
     found = {"ours": ours, "eager": functools.partial(function, x, *others)}
     if x.is_cuda:
-        found["compiled"] = functools.partial(torch.compile(function, dynamic=False), x, *others)
+        found["torch.compile"] = functools.partial(torch.compile(function, dynamic=False), x, *others)
     return found
 
 

@@ -49,8 +49,16 @@ class Pair:
 
     @property
     def parameters(self) -> int:
-        """Of the matrices that a forward pass multiplies by; a tied embedding counts once."""
-        return sum(p.numel() for p in self.theirs.parameters() if p.ndim == 2)
+        return multiplied_weights(self.theirs)
+
+
+def multiplied_weights(model: PreTrainedModel) -> int:
+    """Elements of the matrices that a forward pass reads whole; of an embedding that is not the head's too, it reads rows."""
+    matrices = {id(p): p.numel() for p in model.parameters() if p.ndim == 2}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding is not head:
+        del matrices[id(embedding)]
+    return sum(matrices.values())
 
 
 def pair(name: str, device: torch.device, batch: int, length: int) -> Pair:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from bench.bench_consistency_loss_gpu import hardware
-from bench.gpu import engine, kernels
+from bench.gpu import engine, kernels, targets
 from bench.gpu.timing import Stopwatch
 from bench.measure import RESULTS
-from engine.roofline import measured
+from engine.roofline import Roofline, measured
 
 STAGES = {"kernels": kernels.measure, "engine": engine.measure}
+LINES = {"kernels": targets.kernel_lines, "engine": targets.engine_lines}
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
         parser.error(f"unknown stages {sorted(unknown)}: choose from {', '.join(STAGES)}")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU here: --dry-run runs the same code on a CPU")
+    if args.dry_run:
+        os.environ.setdefault("DIFFPO_LOOP", "device")  # the loop of GPUs, without graphs
     start = time.monotonic()
     device = torch.device("cpu" if args.dry_run else "cuda")
     out = Path(os.environ.get("OUT") or RESULTS)
@@ -52,13 +55,24 @@ def main() -> None:
         print(f"== {stage}", flush=True)
         left = start + args.seconds - time.monotonic()
         deadline = time.monotonic() + left / (len(stages) - number)
-        results = STAGES[stage](watch, limits, tiny=args.dry_run, deadline=deadline)
-        record = {"machine": hardware(), "ceilings": dataclasses.asdict(limits), stage: results}
         path = out / f"{stage}_gpu{'_dry_run' if args.dry_run else ''}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(path)
-        failed |= ours_failed(results)
+        failed |= ours_failed(recorded(stage, path, watch, limits, tiny=args.dry_run, deadline=deadline))
     sys.exit(failed)
+
+
+def recorded(
+    stage: str, path: Path, watch: Stopwatch, ceilings: Roofline, *, tiny: bool, deadline: float
+) -> dict[str, Any]:
+    """The results of a stage, which are in the file too, and what they say about its targets, which is printed."""
+    record = {"machine": hardware(), "ceilings": dataclasses.asdict(ceilings)}
+    results: dict[str, Any] = {}
+    for results in STAGES[stage](watch, ceilings, tiny=tiny, deadline=deadline):
+        # whenever there is more: the time may end before the stage does
+        path.write_text(json.dumps(record | {stage: results}, indent=1) + "\n")
+    for line in LINES[stage](results):
+        print(f"{line.what:66} {line.found}{f'  (wanted: {line.target})' if line.target else ''}")
+    print(path, flush=True)
+    return results
 
 
 def ours_failed(results: Any) -> bool:

@@ -10,6 +10,8 @@ Call = Callable[[], object]
 TARGET_SECONDS = 0.01
 """Work between two events: long enough that their own resolution does not count."""
 
+AHEAD = 8
+
 
 class Stopwatch:
     """Times calls on a device; on a CPU by the clock, so that every path runs there too."""
@@ -21,13 +23,16 @@ class Stopwatch:
         self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def seconds(self, call: Call, repeats: int) -> float:
-        """Mean time of one of ``repeats`` calls, each with a cold L2 cache; launches are queued ahead of the device."""
+        """Mean time of one of ``repeats`` calls, each with a cold L2 cache, without what launching costs the host."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
             return (time.perf_counter() - start) / repeats
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        # work to begin with, behind which the launches queue up: else the device would wait for those of short kernels
+        for _ in range(repeats + AHEAD):
+            self._flush.zero_()
         for begin, end in pairs:
             self._flush.zero_()
             begin.record()

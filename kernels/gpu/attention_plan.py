@@ -49,12 +49,13 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-_HOPPER = {
+_ByColumns = dict[int, tuple[Tiles, ...]]
+_HOPPER: _ByColumns = {
     64: (Tiles(16, 128, 4, 3, 3), Tiles(64, 64, 4, 3, 3), Tiles(128, 64, 8, 3, 1)),
     128: (Tiles(16, 64, 4, 3, 3), Tiles(64, 64, 4, 3, 2), Tiles(128, 64, 8, 3, 1)),
     256: (Tiles(16, 32, 4, 4, 2), Tiles(64, 32, 8, 3, 1), Tiles(128, 32, 8, 3, 1)),
 }
-_TILES = {
+_TILES: dict[int, _ByColumns] = {
     80: {
         64: (Tiles(16, 128, 4, 3, 2), Tiles(64, 64, 4, 3, 2), Tiles(128, 64, 8, 3, 1)),
         128: (Tiles(16, 64, 4, 3, 2), Tiles(64, 64, 8, 3, 1), Tiles(128, 64, 8, 3, 1)),
@@ -63,15 +64,15 @@ _TILES = {
     90: _HOPPER,
     100: _HOPPER | {256: (Tiles(16, 16, 4, 4, 3), Tiles(64, 32, 8, 3, 1), Tiles(64, 64, 8, 2, 1))},
 }
-_SMALL_CHIPS = {  # 99 KiB of shared memory
+_SMALL_CHIPS: _ByColumns = {  # 99 KiB of shared memory
     64: (Tiles(16, 128, 4, 3, 1), Tiles(64, 64, 4, 3, 2), Tiles(64, 64, 4, 3, 2)),
     128: (Tiles(16, 64, 4, 3, 1), Tiles(64, 32, 4, 3, 1), Tiles(64, 32, 4, 3, 1)),
     256: (Tiles(16, 32, 4, 3, 1), Tiles(64, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
 }
-_FLOAT32 = {  # without tensor cores, whole rows in registers: at 256 columns, and of more than 16 lines, they spill
-    64: (Tiles(16, 32, 8, 2, 2), Tiles(64, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
-    128: (Tiles(16, 32, 8, 2, 1), Tiles(64, 16, 8, 2, 1), Tiles(64, 16, 8, 2, 1)),
-    256: (Tiles(16, 16, 8, 1, 1), Tiles(64, 16, 8, 1, 1), Tiles(64, 16, 8, 1, 1)),
+_FLOAT32: _ByColumns = {  # without tensor cores, and of 256 columns no more lines than 32 without spills
+    64: (Tiles(16, 32, 8, 2, 2), Tiles(64, 32, 8, 2, 1)),
+    128: (Tiles(16, 32, 8, 2, 1), Tiles(64, 32, 8, 2, 1)),
+    256: (Tiles(16, 32, 8, 1, 1), Tiles(32, 32, 8, 1, 1)),
 }
 
 

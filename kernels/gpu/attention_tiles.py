@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from engine.kernels.gpu.logits_tile import part_of
+
 
 @triton.jit
 def sequence_of(tile: tl.tensor, row_start: tl.tensor, sequences: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
@@ -39,6 +41,24 @@ def no_sums(LINES: tl.constexpr, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.t
 
 
 @triton.jit
+def products(q: tl.tensor, k: tl.tensor, PRECISE: tl.constexpr) -> tl.tensor:
+    """q [lines, columns] times k [keys, columns] transposed.
+
+    Without tensor cores, where PRECISE, a thread loads all columns of its line and key before it multiplies: more than 64
+    would not fit its registers, so they are taken 32 at a time.
+    """
+    COLUMNS: tl.constexpr = q.shape[1]
+    if PRECISE and COLUMNS > 64:
+        PARTS: tl.constexpr = COLUMNS // 32
+        score = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+        for part in tl.static_range(PARTS):
+            score = tl.dot(part_of(q, part, PARTS), part_of(k, part, PARTS).trans(), score, input_precision="ieee")
+    else:
+        score = tl.dot(q, k.trans(), input_precision="ieee")
+    return score
+
+
+@triton.jit
 def attended(
     acc: tl.tensor, l: tl.tensor, m: tl.tensor, first: tl.tensor, last: tl.tensor, q: tl.tensor, k_cache: tl.tensor,
     v_cache: tl.tensor, pages: tl.tensor, position: tl.tensor, end: tl.tensor, stride: tl.tensor, window: tl.tensor,
@@ -70,7 +90,7 @@ def attended(
         v = tl.load(v_cache + at, mask=there, other=0.0)
         if WIDEN:
             k = k.to(tl.float32)
-        score = tl.dot(q, k.trans(), input_precision="ieee")
+        score = products(q, k, PRECISE)
         if HAS_CAP:
             score = tanh(score * score_scale, PRECISE)
         seen = key[None, :] <= position[:, None]

@@ -1,16 +1,27 @@
-"""What the GPU benchmark makes of its measurements, and that its engine stage runs."""
+"""What the GPU benchmark makes of its measurements, and that all of it runs."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.gpu import kernels
+from bench.gpu import kernels, targets
 from bench.gpu.case import Case
+from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps
+from bench.gpu.models import multiplied_weights
+from bench.gpu.paged_attention import WORK
 from bench.gpu.run import ours_failed
 from bench.gpu.timing import Stopwatch
 from engine.roofline import Roofline
@@ -61,14 +72,120 @@ def test_integers_differ_by_their_share() -> None:
     assert kernels.difference(None, None) is None
 
 
+def test_every_shape_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch compiles one function for a few shapes and then runs it as it is, which would pass for compiled."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
+        for n in range(2, 14):
+            program = torch.compile(double, dynamic=False, backend=backend)
+            x = torch.ones(n, device=device)
+            yield Case("doubling", str(n), {"ours": partial(double, x), "compiled": partial(program, x)}, n, n)
+
+    monkeypatch.setattr(kernels, "OPERATIONS", ("doubling",))
+    monkeypatch.setitem(sys.modules, "bench.gpu.doubling", SimpleNamespace(cases=cases))
+    *_, found = kernels.measure(Stopwatch(CPU), Roofline(1e9, 1e9), tiny=True, deadline=time.monotonic() + 60)
+    assert len(found["doubling"]) == len(compiled) == 12
+
+
+def test_an_operation_without_time_leaves_it_to_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
+        for name in ("slow", "later", "last"):
+            yield Case("waiting", name, {"ours": lambda: time.sleep(0.1)}, 1, 1)
+
+    def broken(device: torch.device, *, tiny: bool) -> Iterator[Case]:
+        raise RuntimeError("no such module")
+
+    monkeypatch.setattr(kernels, "OPERATIONS", ("waiting", "broken", "waiting_too"))
+    for name, made in (("waiting", cases), ("broken", broken), ("waiting_too", cases)):
+        monkeypatch.setitem(sys.modules, f"bench.gpu.{name}", SimpleNamespace(cases=made))
+    *_, found = kernels.measure(Stopwatch(CPU), Roofline(1e9, 1e9), tiny=True, deadline=time.monotonic() + 0.9)
+    assert [record["shape"] for record in found["waiting"]] == ["slow", "later"]
+    assert "no time" in found["waiting"][1]["error"]
+    assert "no such module" in found["broken"][0]["error"]
+    assert "error" not in found["waiting_too"][0]
+
+
+def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_next() -> None:
+    work = [
+        Work(LAST, 0, 10), Work(FIRST, 14, 20), Work("gemm", 25, 50), Work(LAST, 50, 60),
+        # a copy to the host, and one beside it on another stream
+        Work("Memcpy DtoH", 63, 65), Work("Memset", 64, 70), Work(FIRST, 75, 76), Work(LAST, 90, 91),
+    ]  # fmt: skip
+    assert idle_between_steps(reversed(work)) == pytest.approx([4e-6, 8e-6])
+    assert idle_between_steps(work[:1]) == []
+
+
+def test_an_embedding_counts_only_where_it_is_the_head() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    for tied in (False, True):
+        config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)
+        assert multiplied_weights(LlamaForCausalLM(config)) == 4 * 8 * 8 + 3 * 8 * 12 + 50 * 8
+
+
+def test_targets_are_shown_with_what_was_found() -> None:
+    assert {line.found for line in (*targets.kernel_lines({}), *targets.engine_lines({}))} == {"not measured"}
+    operation, shape, _ = targets.KERNELS[0]
+    timed = {"ours": {"median_seconds": 2e-6, "share_of_floor": 0.85}, "eager": {"median_seconds": 7e-6}}
+    records = [{"operation": operation, "shape": shape, "variants": timed | {"peer": {"error": "absent"}}}]
+    first, *others = targets.kernel_lines({operation: records})
+    assert first.found == "2.0 µs, 85%; eager takes 3.50 times as long"
+    assert {line.found for line in others} == {"not measured"}
+    records[0]["variants"] = {"ours": {"error": "wrong"}}
+    assert targets.kernel_lines({operation: records})[0].found == "failed: wrong"
+    measured = {
+        "step": {"rows": 256, "seconds": {"launched": 8e-3, "graph": 7e-3}, "over_floor": 1.2},
+        "host_gaps": {"steps": 9, "median_seconds": 5e-6},
+        "batch 1": {"times_faster_than_generate": {"refine, right draft": 41.23}},
+    }
+    found = [line.found for line in targets.engine_lines({"gemma-2-9b": measured})]
+    assert found == ["7.00 ms, 1.20 times", "5.0 µs (median of 8)", "41.2 times"]
+
+
+@pytest.mark.parametrize(("operation", "shape"), [(name, shape) for name, shape, _ in targets.KERNELS])
+def test_targets_are_set_for_shapes_that_are_measured(operation: str, shape: str) -> None:
+    if operation == "paged_attention":
+        assert shape in [work.name for work in WORK]
+        return
+    module = importlib.import_module(f"bench.gpu.{operation.replace('linear_sample', 'linear_argmax')}")
+    small = dict.fromkeys(getattr(module, "SHAPES", {}), (16, 32, None)) if operation.startswith("linear") else None
+    with mock.patch.object(module, "SHAPES", small) if small else nullcontext():
+        assert any(case.shape == shape for case in module.cases(CPU, tiny=False) if case.operation == operation)
+
+
 @pytest.mark.slow
-def test_the_engine_stage_runs_on_tiny_models(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu.run", "--dry-run", "--stages", "engine"]
-    environment = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+def test_the_whole_command_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Every stage, with a test of each file and without compiling what ours is compared with."""
+    variables = {"OUT": str(tmp_path), "PYTHON": sys.executable, "JOBS": "0", "FEW": "1", "TORCHDYNAMO_DISABLE": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= variables | {"OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "bench/gpu.sh"), "--dry-run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "kernels_gpu_dry_run.json").read_text())["kernels"]
+    timed = {case["operation"] for records in found.values() for case in records if case["variants"]["ours"]["seconds"]}
+    assert timed == {operation for operation, _, _ in targets.KERNELS}
     record = json.loads((tmp_path / "engine_gpu_dry_run.json").read_text())["engine"]["tiny"]
     assert record["step"]["seconds"]["launched"] > 0
+    assert record["host_gaps"]["steps"] > 4
     for batch in ("batch 1", "batch 2"):
         assert record[batch]["right_draft_kept"] == 1
         assert record[batch]["tokens_equal_to_generate"] == 1
     assert "public script's loop, random draft" in record["batch 1"]["seconds"]
+    assert (
+        "triton dense" in json.loads((tmp_path / "consistency_loss_gpu_dry_run.json").read_text())["tiny"]["variants"]
+    )
+
+
+def test_unknown_stages_are_refused() -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench/gpu.sh"), "--stages", "tests,speed"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "unknown stage speed\n")

@@ -84,7 +84,7 @@ def divided(case: PagedCase, splits: int, lines: int | None = None) -> Plan:
 
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim"),
-    [(2, 1, 8), (1, 3, 24), (1, 2, 80), (2, 4, 64), (1, 7, 64), (2, 1, 96), (1, 4, 128), (1, 2, 256)],
+    [(2, 1, 8), (1, 3, 24), (1, 2, 80), (2, 4, 64), (1, 7, 64), (2, 1, 96), (1, 4, 128), (1, 2, 256), (1, 32, 160)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
 def test_heads(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> None:

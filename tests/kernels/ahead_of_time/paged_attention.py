@@ -40,6 +40,9 @@ SHAPES = {
     "qwen-2.5-0.5b, 2048 rows of 8": Shape(14, 2, 64, None, 0, 2048, 8),
     "phi-3, fp16, 16 rows of 8": Shape(32, 32, 96, None, 2047, 16, 8, torch.float16),
     "llama-3-8b, fp32": Shape(32, 8, 128, None, 0, 64, 8, torch.float32),
+    "gemma-2-9b, fp32": Shape(16, 8, 256, 50.0, 4096, 64, 8, torch.float32),
+    "32 heads to one of 256, fp32": Shape(32, 1, 256, 50.0, 4096, 64, 8, torch.float32),
+    "64 heads to one of 128, fp32": Shape(64, 1, 128, 50.0, 4096, 64, 8, torch.float32),
 }
 
 
