@@ -67,11 +67,12 @@ class RefineOptions:
 def check_condition(template: str) -> None:
     """Raises ValueError unless the template uses {prompt} and {draft} and nothing else."""
     try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if fields == {"prompt", "draft"}:
-            template.format(prompt="", draft="")  # what follows a field's name may be wrong too
-    except (ValueError, TypeError, LookupError) as error:
+        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
+    except (ValueError, TypeError) as error:
         raise ValueError(f"condition is not a valid template ({error}), got {template!r}") from None
+    fields = {name for name, _, _ in parts if name is not None}
+    if any(spec or conversion for _, spec, conversion in parts):  # a width could ask for any amount of memory
+        raise ValueError(f"condition takes {{prompt}} and {{draft}} without a format or conversion, got {template!r}")
     if fields != {"prompt", "draft"}:
         raise ValueError(
             f"condition must contain the fields {{prompt}} and {{draft}} and no others, got {sorted(fields)} in {template!r}"

@@ -18,7 +18,7 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("temperature", [-0.1, math.nan, math.inf, "1", None, True]),
     ("top_p", [0, 0.0, 1.01, -1, math.nan, "1", None, True]),
     ("seed", [-1, 1.0, None, True, 2**63, 2**70]),
-    ("condition", ["", "{prompt}", "{draft}", "{prompt}{draft}{x}", "{prompt}{draft}{", "{prompt}{draft}{}", 7,
+    ("condition", ["", "{prompt}", "{draft}", "{prompt}{draft}{x}", "{prompt}{draft}{", "{prompt}{draft}{}", "{prompt!r}{draft}", "{prompt:>1000000000}{draft}", 7,
                    "{prompt}{draft}}", "{prompt.a}{draft}", "{prompt:{width}}{draft}", "{prompt:d}{draft}",
                    "{prompt!z}{draft}"]),
 ]  # fmt: skip
@@ -30,7 +30,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "temperature": [0, 0.0, 1, 0.7, 100.0],
     "top_p": [1, 1.0, 0.5, 1e-9],
     "seed": [0, 2**63 - 1],
-    "condition": [None, DEFAULT_CONDITION, "{draft}{prompt}{draft}", "{{x}} {prompt} {draft}", "{prompt!r:>9}{draft}"],
+    "condition": [None, DEFAULT_CONDITION, "{draft}{prompt}{draft}", "{{x}} {prompt} {draft}"],
 }
 
 
