@@ -18,7 +18,8 @@ REFUSED: list[tuple[str, list[Any]]] = [
     ("temperature", [-0.1, math.nan, math.inf, "1", None, True]),
     ("top_p", [0, 0.0, 1.01, -1, math.nan, "1", None, True]),
     ("seed", [-1, 1.0, None, True, 2**63, 2**70]),
-    ("condition", ["", "{prompt}", "{draft}", "{prompt}{draft}{x}", "{prompt}{draft}{", "{prompt}{draft}{}", "{prompt!r}{draft}", "{prompt:>1000000000}{draft}", 7,
+    ("condition", ["", "{prompt}", "{draft}", "{prompt}{draft}{x}", "{prompt}{draft}{", "{prompt}{draft}{}", 7,
+                   "{prompt!r}{draft}", "{prompt:>1000000000}{draft}",
                    "{prompt}{draft}}", "{prompt.a}{draft}", "{prompt:{width}}{draft}", "{prompt:d}{draft}",
                    "{prompt!z}{draft}"]),
 ]  # fmt: skip
