@@ -130,6 +130,15 @@ class AsyncRefiner:
         finally:
             self._leave(ticket)
 
+    def encode(self, request: RequestLike, options: RefineOptions | None = None) -> tuple[list[int], list[int]]:
+        """Prompt ids and draft ids as ``refine`` would feed them, for callers that count tokens or send a draft in parts.
+
+        A request of these ids, under the same options without ``condition``, has the same answer. Computes in the caller's
+        thread; raises InvalidRequest and RequestTooLong as ``refine`` does.
+        """
+        self._check_process()
+        return self._refiner._encode(Request.parse(request), options or RefineOptions())
+
     @property
     def alive(self) -> bool:
         """Whether it takes requests: neither closed, nor closing, nor failed, nor in a forked process."""

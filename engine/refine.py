@@ -83,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--questions", metavar="FILE", help="FastChat's question file, or the batch's input file")
     parser.add_argument("--token-ids", action="store_true", help="also write the answers' token_ids")
     _add_job_options(parser.add_argument_group("job"))
-    _add_refine_options(parser.add_argument_group("refinement"))
-    _add_model_options(parser.add_argument_group("model"))
+    add_refine_options(parser.add_argument_group("refinement"))
+    add_model_options(parser.add_argument_group("model"))
     return parser
 
 
@@ -104,35 +104,41 @@ def _add_job_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--grace", type=float, default=25.0, metavar="SECONDS", help=text)
 
 
-def _add_refine_options(group: argparse._ArgumentGroup) -> None:
+def add_refine_options(group: argparse._ArgumentGroup) -> None:
     defaults = dataclasses.asdict(RefineOptions())
     group.add_argument("--steps", type=int, metavar="K", help="Jacobi steps per block (default: until converged)")
-    _add(group, "block-size", defaults, "with --steps: response positions iterated together")
-    _add(group, "keep-prefix", defaults, "leading draft tokens to keep as they are")
-    _add(group, "max-new-tokens", defaults, "longest answer in tokens")
-    _add(group, "window", defaults, "rows computed per sequence and step, or auto; changes only the speed", _window)
+    add_option(group, "block-size", defaults, "with --steps: response positions iterated together")
+    add_option(group, "keep-prefix", defaults, "leading draft tokens to keep as they are")
+    add_option(group, "max-new-tokens", defaults, "longest answer in tokens")
+    add_option(
+        group, "window", defaults, "rows computed per sequence and step, or auto; changes only the speed", _window
+    )
     text = "do not look for the answer's tokens in the draft; changes only the speed"
     group.add_argument("--no-realign", dest="realign", action="store_false", help=text)
     text = "template with {prompt} and {draft}, to show the model the draft; without a value: the shipped refiner's"
     group.add_argument("--condition", nargs="?", const=DEFAULT_CONDITION, metavar="TEMPLATE", help=text)
-    _add(group, "temperature", defaults, "0: greedy")
-    _add(group, "top-p", defaults, "sample from the most probable tokens with this mass")
-    _add(group, "seed", defaults, "seed of the sampling noise")
+    add_option(group, "temperature", defaults, "0: greedy")
+    add_option(group, "top-p", defaults, "sample from the most probable tokens with this mass")
+    add_option(group, "seed", defaults, "seed of the sampling noise")
 
 
-def _add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_model_options(group: argparse._ArgumentGroup) -> None:
     defaults = LOAD_DEFAULTS
     group.add_argument("--model", help="checkpoint folder or hub id (default: the refiner that ships with the engine)")
-    _add(group, "dtype", defaults, "float32, bfloat16 or float16")
-    _add(group, "device", defaults, "such as cpu or cuda")
-    _add(group, "backend", defaults, "lean: the engine's own decoder, hf: transformers' modules, auto: what works")
-    _add(group, "max-batch-tokens", defaults, "rows of one forward pass")
-    _add(group, "kv-cache-tokens", defaults, "positions the KV cache holds")
-    _add(group, "max-batch-size", defaults, "sequences that run at once")
+    add_option(group, "dtype", defaults, "float32, bfloat16 or float16")
+    add_option(group, "device", defaults, "such as cpu or cuda")
+    add_option(
+        group, "backend", defaults, "lean: the engine's own decoder, hf: transformers' modules, auto: what works"
+    )
+    add_option(group, "max-batch-tokens", defaults, "rows of one forward pass")
+    add_option(group, "kv-cache-tokens", defaults, "positions the KV cache holds")
+    add_option(group, "max-batch-size", defaults, "sequences that run at once")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
 
 
-def _add(group: argparse._ArgumentGroup, name: str, defaults: dict[str, Any], text: str, kind: Any = None) -> None:
+def add_option(
+    group: argparse._ArgumentGroup, name: str, defaults: dict[str, Any], text: str, kind: Any = None
+) -> None:
     value = defaults[name.replace("-", "_")]
     metavar = "N" if isinstance(value, int) else name.upper()
     group.add_argument(

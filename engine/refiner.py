@@ -187,7 +187,8 @@ class Refiner:
             if self._scheduler is not None:
                 self._scheduler.cancel(sequence)
 
-    def _sequence(self, request: Request, options: RefineOptions) -> JacobiSequence:
+    def _encode(self, request: Request, options: RefineOptions) -> tuple[list[int], list[int]]:
+        """Prompt and draft ids of a request that fits the model and the KV pool."""
         scheduler = self._alive()
         try:
             prompt, draft = self._codec.encode(request, options.condition, options.keep_prefix)
@@ -195,18 +196,22 @@ class Refiner:
             raise
         except Exception as error:  # tokenizers and templates fail in ways of their own; it costs this request only
             raise InvalidRequest(f"the refiner's tokenizer cannot encode this request: {error!r:.200}") from error
-        seed = options.seed if request.seed is None else request.seed
-        sequence = JacobiSequence(prompt, draft, options, self._codec.vocabulary, self._knee, seed)
-        need = f"prompt of {len(prompt)} tokens + max_new_tokens {options.max_new_tokens} = {sequence.longest}"
-        if sequence.longest > scheduler.model.max_positions:
+        longest = len(prompt) + options.max_new_tokens
+        need = f"prompt of {len(prompt)} tokens + max_new_tokens {options.max_new_tokens} = {longest}"
+        if longest > scheduler.model.max_positions:
             limit = scheduler.model.max_positions
             raise RequestTooLong(f"{need} exceeds the model's {limit} positions: shorten the prompt or max_new_tokens")
         pool = scheduler.cache.pool.size
-        if pages_for(sequence.longest) > pool:
+        if pages_for(longest) > pool:
             raise RequestTooLong(
                 f"{need} exceeds the KV pool of {pool * PAGE_SIZE} tokens: raise kv_cache_tokens or shorten the request"
             )
-        return sequence
+        return prompt, draft
+
+    def _sequence(self, request: Request, options: RefineOptions) -> JacobiSequence:
+        prompt, draft = self._encode(request, options)
+        seed = options.seed if request.seed is None else request.seed
+        return JacobiSequence(prompt, draft, options, self._codec.vocabulary, self._knee, seed)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -5,11 +5,13 @@ import itertools
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engine import (
+    DEFAULT_CONDITION,
     AsyncRefiner,
     InvalidRequest,
     Iterate,
@@ -69,6 +71,31 @@ def test_stream_shows_the_answer_sharpen() -> None:
         assert (later.converged_text or "").startswith(earlier.converged_text or "")
         assert 0 < earlier.converged_tokens <= len(earlier.token_ids) <= 40
         assert earlier.tentative_text is not None
+
+
+def test_encode_gives_what_refine_feeds() -> None:
+    """A request of the ids has the answer of the text, also where the draft is part of the prompt."""
+    request = {"prompt": "How do I boil an egg?", "draft": "Put egg in cold water and boil it it."}
+    conditioned = RefineOptions(max_new_tokens=24, condition=DEFAULT_CONDITION)
+
+    async def ask() -> None:
+        async with AsyncRefiner.from_pretrained() as refiner:
+            for options in (
+                RefineOptions(max_new_tokens=24),
+                conditioned,
+                RefineOptions(max_new_tokens=24, keep_prefix=9),
+            ):
+                prompt_ids, draft_ids = refiner.encode(request, options)
+                ids = {"prompt_ids": prompt_ids, "draft_ids": draft_ids}
+                by_ids, by_text = await asyncio.gather(
+                    refiner.refine(ids, replace(options, condition=None)), refiner.refine(request, options)
+                )
+                assert by_ids.token_ids == by_text.token_ids
+            for wrong, kind in (({"prompt": ""}, InvalidRequest), ({"prompt": "egg " * 3000}, RequestTooLong)):
+                with pytest.raises(kind):
+                    refiner.encode(wrong)
+
+    run(ask())
 
 
 def test_a_slow_reader_holds_up_nobody_and_finds_the_latest() -> None:
