@@ -1,5 +1,6 @@
 """Whether an operation runs its Triton kernel."""
 
+import functools
 import importlib
 import os
 
@@ -14,6 +15,8 @@ def reason_against_triton(tensor: Tensor) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     if not tensor.is_cuda and not (tensor.is_cpu and interpreted):
         return f"it needs tensors on a GPU, got {tensor.device}"
+    if tensor.is_cuda and (unfit := _unfit(tensor.device)):
+        return unfit
     if tensor.dtype is torch.float64:
         return "it needs float32, bfloat16 or float16 tensors, got float64"
     try:
@@ -21,6 +24,17 @@ def reason_against_triton(tensor: Tensor) -> str | None:
     except ImportError as error:
         return f"Triton is not installed ({error})"
     return None
+
+
+@functools.cache
+def _unfit(device: torch.device) -> str | None:
+    """Why kernels whose tiles were chosen for other chips' registers and shared memory cannot run on this one."""
+    if torch.version.hip:
+        return (
+            "its tiles are sized for NVIDIA's chips, several of them above the 64 KiB of shared memory that AMD's have"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"it needs compute capability 8.0 or higher, got {major}.{minor}" if major < 8 else None
 
 
 def choose_triton(impl: Impl, tensor: Tensor, supported: bool, requirement: str) -> bool:

@@ -83,7 +83,8 @@ class Gate:
         host = _header(scope, b"host").decode("latin-1")
         if allowed is not None and _host_name(host) not in allowed:
             raise ApiError(421, f"this server does not answer to the name {host!r:.100}: use one of {sorted(allowed)}")
-        if self._token is None or scope["path"] in OPEN_PATHS:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where another application mounts this one
+        if self._token is None or path in OPEN_PATHS:
             return
         kind, _, given = _header(scope, b"authorization").partition(b" ")
         if not hmac.compare_digest(given.strip(), self._token) or kind.lower() != b"bearer":

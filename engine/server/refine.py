@@ -14,9 +14,9 @@ from engine.async_refiner import AsyncRefiner
 from engine.errors import EngineError, InvalidRequest
 from engine.options import RefineOptions
 from engine.request import Request, Result
-from engine.server.base import BaseAPI, BaseEnding
+from engine.server.base import FILTERED, BaseAPI, BaseEnding
 from engine.server.chat_body import check_model
-from engine.server.errors import api_error, bad_request
+from engine.server.errors import ApiError, api_error, bad_request
 from engine.server.events import event, stream
 from engine.server.json_body import check_known, describe, dump, read_flag, read_object
 from engine.server.options_body import read_options
@@ -81,7 +81,7 @@ class RefineEndpoint:
             return _json({"results": await asyncio.gather(*tasks)})
         one = body.requests[0]
         if body.draft_model is not None:
-            draft = "".join([text async for text in self._write(body.draft_model, one)])
+            draft = "".join([text async for text in self._write(body.draft_model, one, due)])
             one = replace(one, draft=draft)
         return _json({**_result(await self._refine(one, body, due), one), "draft": one.draft})
 
@@ -99,7 +99,7 @@ class RefineEndpoint:
         one = body.requests[0]
         if body.draft_model is not None:
             parts = []
-            async with aclosing(self._write(body.draft_model, one)) as texts:
+            async with aclosing(self._write(body.draft_model, one, due)) as texts:
                 async for text in texts:
                     parts.append(text)
                     yield event({"text": text}, "draft")
@@ -123,13 +123,22 @@ class RefineEndpoint:
         )  # fmt: skip
         return encoded, replace(options, condition=None)
 
-    async def _write(self, model: str, one: Request) -> AsyncGenerator[str, None]:
+    async def _write(self, model: str, one: Request, due: float) -> AsyncGenerator[str, None]:
         """The base API's draft."""
         assert self._base is not None
         messages = one.messages or [{"role": "user", "content": one.prompt or ""}]
-        async with aclosing(self._base.write({"model": model, "messages": messages}, BaseEnding())) as texts:
-            async for text in texts:
+        ending = BaseEnding()
+        async with aclosing(self._base.write({"model": model, "messages": messages}, ending)) as texts:
+            while True:
+                try:
+                    text = await asyncio.wait_for(anext(texts, None), _left(due))
+                except asyncio.TimeoutError:
+                    raise ApiError(504, "the draft was not complete at the deadline", code="DeadlineExceeded") from None
+                if text is None:
+                    break
                 yield text
+        if ending.finish_reason == FILTERED:  # what the base API will not say, the refiner is not asked to
+            raise bad_request("the base API's content filter withheld the draft", code=FILTERED)
 
 
 def _read_request(value: object, index: int | None) -> Request:

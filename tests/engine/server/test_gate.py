@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from engine.server import Settings
-from tests.engine.server.servers import MODEL, Base, wait_until
+from engine import AsyncRefiner
+from engine.server import Settings, create_app
+from tests.engine.server.servers import MODEL, Base, running, wait_until
 
 REQUEST = {"prompt": "How do I boil an egg?", "draft": "In water."}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "How do I boil an egg?"}]}
@@ -33,6 +36,15 @@ def test_a_token(start: Callable[..., str]) -> None:
     assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/").status_code == 200
     response = httpx.post(f"{url}/v1/refine", json=REQUEST, headers={"Authorization": "bearer s3cret"})
     assert response.status_code == 200
+
+
+def test_mounted_in_another_application(refiner: AsyncRefiner) -> None:
+    app = create_app(refiner, Settings(token="s3cret"))
+    with running(Starlette(routes=[Mount("/refiner", app)])) as url, httpx.Client() as client:
+        assert client.get(f"{url}/refiner/health").status_code == client.get(f"{url}/refiner/").status_code == 200
+        assert client.get(f"{url}/refiner/v1/models").status_code == 401
+        headers = {"Authorization": "Bearer s3cret"}
+        assert client.post(f"{url}/refiner/v1/refine", json=REQUEST, headers=headers).status_code == 200
 
 
 def test_only_names_of_this_machine(start: Callable[..., str]) -> None:

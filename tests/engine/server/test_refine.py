@@ -9,7 +9,7 @@ import httpx2 as httpx
 import pytest
 
 from engine import DEFAULT_CONDITION, AsyncRefiner, RefineOptions, Refiner
-from tests.engine.server.servers import MODEL, Base
+from tests.engine.server.servers import MODEL, Base, wait_until
 
 REQUEST = {"prompt": "How do I boil an egg?", "draft": "Put the egg in in cold water, boil it — 8 minutes 🥚."}
 
@@ -126,3 +126,17 @@ def test_health_metrics_models_and_the_document(start: Callable[..., str]) -> No
         response = httpx.request(method, f"{url}{path}")
         assert response.status_code == status
         assert response.json()["error"]["message"]
+
+
+def test_a_draft_that_is_late_or_withheld(start: Callable[..., str], base: Base) -> None:
+    url = start()
+    body = {"prompt": REQUEST["prompt"], "draft_model": MODEL, "timeout": 0.3}
+    base.held_after = 2
+    late = post(url, body)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "DeadlineExceeded")
+    *_, (name, told) = events(post(url, {**body, "stream": True}).text)
+    assert (name, told["error"]["code"]) == ("error", "DeadlineExceeded")
+    wait_until(lambda: base.left_early == 2)
+    base.held_after, base.finish = None, "content_filter"
+    withheld = post(url, {**body, "timeout": 20})
+    assert (withheld.status_code, withheld.json()["error"]["code"]) == (400, "content_filter")
