@@ -32,10 +32,14 @@ def host_gaps(refine: Callable[[], object], device: torch.device) -> dict[str, A
     """
     for _ in range(3):  # kernels are compiled, graphs captured, graphs replayed
         refine()
-    gaps = idle_between_steps(recorded(refine, device))
+    work = recorded(refine, device)
+    gaps = idle_between_steps(work)
     if not gaps:
         raise RuntimeError("the profiler saw no two steps: is the refinement moved by the device loop?")
-    return {"steps": len(gaps) + 1, "median_seconds": statistics.median(gaps), "most_seconds": max(gaps)}
+    return {
+        "steps": len(gaps) + 1, "median_seconds": statistics.median(gaps), "most_seconds": max(gaps),
+        "median_step_seconds": statistics.median(step_seconds(work)),
+    }  # fmt: skip
 
 
 def recorded(refine: Callable[[], object], device: torch.device) -> list[Work]:
@@ -61,6 +65,18 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **options)
 
     return run
+
+
+def step_seconds(work: Iterable[Work]) -> list[float]:
+    """From each step's first kernel to its last one's end; in the loop, where a step is launched for all of its slots."""
+    found: list[float] = []
+    start: float | None = None
+    for one in sorted(work, key=lambda one: one.start):
+        if one.name == FIRST:
+            start = one.start
+        elif one.name == LAST and start is not None:
+            found.append((one.end - start) / 1e6)
+    return found
 
 
 def idle_between_steps(work: Iterable[Work]) -> list[float]:

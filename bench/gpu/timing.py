@@ -9,8 +9,8 @@ import torch
 Call = Callable[[], object]
 TARGET_SECONDS = 0.01
 """Work between two events: long enough that their own resolution does not count."""
-
 AHEAD = 8
+"""Writes of the flush buffer before the first call, besides one for every call."""
 
 
 class Stopwatch:

@@ -47,10 +47,8 @@ from engine.kernels.jacobi_state import JacobiState
 
 LOG2_DECAY = tl.constexpr(math.log2(jacobi_state.DECAY))
 SETTLED = tl.constexpr(1 / (1 - jacobi_state.DECAY))  # the weight of endlessly many observations
-BLOCK, WARPS = (
-    256,
-    8,
-)  # one place per thread: what more would take is spilled on sm_80 or sm_90 by one version or another
+# one place per thread: what more would take is spilled on sm_80 or sm_90 by one version or another
+BLOCK, WARPS = 256, 8
 
 
 def accept(state: JacobiState, predictions: Tensor, row_start: Tensor, eos: Tensor) -> None:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.gpu import kernels, targets
 from bench.gpu.case import Case
-from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps
+from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps, step_seconds
 from bench.gpu.models import multiplied_weights
 from bench.gpu.paged_attention import WORK
 from bench.gpu.run import ours_failed
@@ -121,6 +121,7 @@ def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_n
     ]  # fmt: skip
     assert idle_between_steps(reversed(work)) == pytest.approx([4e-6, 8e-6])
     assert idle_between_steps(work[:1]) == []
+    assert step_seconds(work) == pytest.approx([46e-6, 16e-6])
 
 
 def test_an_embedding_counts_only_where_it_is_the_head() -> None:
