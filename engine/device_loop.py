@@ -38,6 +38,7 @@ LONGEST_ANSWER = LONGEST_TEXT - 1
 """Tokens of an answer that a slot holds; longer ones stay with the host. Memory does not limit it: a slot of this length takes
 12 bytes per token, 197 kB, less than K/V of a single token of Gemma-2-9B (344 kB in bfloat16). What does is re-alignment,
 which reads draft, iterate and answer in one program per sequence: 64 blocks each, within every step."""
+_SLOT_COUNTS = (1, 8)
 _ROW_COUNTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
@@ -67,6 +68,12 @@ def _graph_runner(device: torch.device) -> Callable[[Callable[[StepKind], None]]
 def row_counts(most: int) -> tuple[int, ...]:
     """Rows that steps are launched with: few sizes, so that each can be a graph of its own; ``most`` is the last."""
     return (*(count for count in _ROW_COUNTS if count < most), most)
+
+
+def slot_counts(most: int) -> tuple[int, ...]:
+    """Slots that steps are launched with. Attention divides its work by how many sequences there may be: planned for all the
+    slots, a single sequence's keys would stay in too few programs to fill a GPU."""
+    return (*(count for count in _SLOT_COUNTS if count < most), most)
 
 
 @dataclass(slots=True)
@@ -117,12 +124,12 @@ class DeviceLoop:
         self._model, self._cache, self._vocabulary, self._knee = model, cache, vocabulary, knee
         self._sizes = row_counts(max_batch_tokens)
         slots = min(max_batch_size, max_batch_tokens)
-        end = min(model.max_positions, cache.pool.size * PAGE_SIZE)
-        places = 1 + min(LONGEST_ANSWER, end)
-        self.state = JacobiState.allocate(slots, places, pages_for(end), model.device)
+        self._slot_counts = slot_counts(slots)
+        self._end = min(model.max_positions, cache.pool.size * PAGE_SIZE)
+        places = 1 + min(LONGEST_ANSWER, self._end)
+        self.state = JacobiState.allocate(slots, places, pages_for(self._end), model.device)
         self._rows = PackedRows.allocate(max_batch_tokens, slots, model.device)
         self._noise = NoiseRows.allocate(max_batch_tokens, model.device)
-        self._batches = {size: self._batch(size, end) for size in self._sizes}
         self._eos = torch.tensor(sorted(vocabulary.eos) or [-1], dtype=torch.int32, device=model.device)
         self._queue: deque[JacobiSequence] = deque()
         self._occupants: list[_Occupant | None] = [None] * slots
@@ -205,23 +212,21 @@ class DeviceLoop:
     def _active(self) -> list[_Occupant]:
         return [occupant for occupant in self._occupants if occupant is not None]
 
-    def _batch(self, size: int, end: int) -> StepBatch:
-        rows = self._rows.first(size)
-        return StepBatch(
-            token_ids=rows.token_ids, positions=rows.positions, slots=rows.slots, row_start=rows.row_start,
-            first_position=rows.first_position, block_table=self.state.block_table, logit_rows=None, end=end,
-        )  # fmt: skip
-
     @torch.inference_mode()
     def _step(self, kind: StepKind) -> None:
         """All of a step: what a graph holds."""
+        state, rows = self.state.first(kind.slots), self._rows.first(kind.rows, kind.slots)
         noise = self._noise.first(kind.rows) if kind.sampled else None
-        jacobi_pack(self.state, self._rows.first(kind.rows), self._knee, noise)
-        hidden = self._model.forward(self._batches[kind.rows], self._cache)
-        jacobi_accept(self.state, self._predict(hidden, noise), self._rows.row_start, self._eos)
+        jacobi_pack(state, rows, self._knee, noise)
+        batch = StepBatch(
+            token_ids=rows.token_ids, positions=rows.positions, slots=rows.slots, row_start=rows.row_start,
+            first_position=rows.first_position, block_table=state.block_table, logit_rows=None, end=self._end,
+        )  # fmt: skip
+        predictions = self._predict(self._model.forward(batch, self._cache), noise, rows.row_start[-1:])
+        jacobi_accept(state, predictions, rows.row_start, self._eos)
 
-    def _predict(self, hidden: Tensor, noise: NoiseRows | None) -> Tensor:
-        head, row_count = self._model.head, self._rows.row_start[-1:]
+    def _predict(self, hidden: Tensor, noise: NoiseRows | None, row_count: Tensor) -> Tensor:
+        head = self._model.head
         if noise is None:
             return linear_argmax(hidden, head.weight, head.bias, softcap=head.softcap, row_count=row_count)[0]
         return linear_sample(
@@ -231,7 +236,9 @@ class DeviceLoop:
 
     def _launch(self) -> None:
         sampled = any(occupant.sequence.options.temperature > 0 for occupant in self._active())
-        self._runner.launch(StepKind(self._room(), sampled))
+        used = 1 + max(slot for slot, occupant in enumerate(self._occupants) if occupant is not None)
+        slots = next(count for count in self._slot_counts if count >= used)
+        self._runner.launch(StepKind(self._room(), sampled, slots))
         self._launches += 1
         texts = {
             slot: read_text(self.state, slot, occupant.sequence)

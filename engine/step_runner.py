@@ -17,6 +17,8 @@ class StepKind(NamedTuple):
     """Packed rows."""
     sampled: bool = False
     """Whether predictions are drawn with noise; a step that has none does no work for it."""
+    slots: int = 1
+    """Of the loop, from the first on; those behind are empty."""
 
 
 class StepRunner(Protocol):

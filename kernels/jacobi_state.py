@@ -4,7 +4,7 @@ The text of a slot is indexed by *place*: place 0 is the last prompt token, plac
 come first, guesses behind them; predictions replace guesses where they stand, so nothing is ever moved.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import torch
@@ -133,6 +133,10 @@ class JacobiState:
             torch.zeros(slots, dtype=torch.int64, device=device),
         )
 
+    def first(self, slots: int) -> "JacobiState":
+        """Views of the first ``slots`` slots."""
+        return JacobiState(*(getattr(self, one.name)[:slots] for one in fields(self)))
+
     def __getitem__(self, field: Field) -> Tensor:
         """View of one field [slots]."""
         return self.fields[:, field]
@@ -159,11 +163,12 @@ class PackedRows:
         row_start, first_position = (torch.zeros(n, dtype=torch.int32, device=device) for n in (slots + 1, slots))
         return cls(token_ids, positions, kv_slots, row_start, first_position)
 
-    def first(self, rows: int) -> "PackedRows":
-        """Views of the first ``rows`` rows."""
+    def first(self, rows: int, slots: int) -> "PackedRows":
+        """Views of the first ``rows`` rows, of the first ``slots`` slots."""
         return PackedRows(
-            self.token_ids[:rows], self.positions[:rows], self.slots[:rows], self.row_start, self.first_position
-        )
+            self.token_ids[:rows], self.positions[:rows], self.slots[:rows],
+            self.row_start[: slots + 1], self.first_position[:slots],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine import NonFiniteLogits, RefineOptions, Refiner
 from engine.batch import StepBatch
-from engine.device_loop import LONGEST_ANSWER, DeviceLoop, choose_loop, row_counts
+from engine.device_loop import LONGEST_ANSWER, DeviceLoop, choose_loop, row_counts, slot_counts
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import PAGE_SIZE, LinearWeight
 from engine.kv_cache import KVCache
@@ -185,13 +185,8 @@ def test_cancelling_frees_pages_at_once_and_leaves_the_others_alone(after: int) 
 
 def test_noise_is_made_only_while_somebody_samples() -> None:
     """Greedy steps are those of a loop that knows no sampling; a sampled one among them changes nobody's answer."""
-    model, kinds = Ledger(), []
-
-    def record(step: Callable[[StepKind], None]) -> EagerRunner:
-        return EagerRunner(lambda kind: (kinds.append(kind), step(kind))[1])
-
-    cache = model.new_cache(40)
-    scheduler = Scheduler(model, cache, 512, 4, DeviceLoop(model, cache, VOCABULARY, KNEE, 512, 4, record))
+    kinds: list[StepKind] = []
+    scheduler = recorded(kinds, 4)
     greedy = [start([5, 10], [], max_new_tokens=30, window=1) for _ in range(2)]
     sampled = start([5, 10], [], max_new_tokens=6, window=1, temperature=0.3, seed=8)
     run(scheduler, greedy[:1])
@@ -204,6 +199,34 @@ def test_noise_is_made_only_while_somebody_samples() -> None:
     assert not kinds[-1].sampled
     assert outcome(greedy[0]) == outcome(greedy[1])
     assert sampled.final != greedy[0].final[: len(sampled.final)]
+
+
+def recorded(kinds: list[StepKind], max_batch_size: int) -> Scheduler:
+    """Which kinds of steps are launched."""
+
+    def record(step: Callable[[StepKind], None]) -> EagerRunner:
+        return EagerRunner(lambda kind: (kinds.append(kind), step(kind))[1])
+
+    model = Ledger()
+    cache = model.new_cache(40)
+    return Scheduler(
+        model, cache, 512, max_batch_size, DeviceLoop(model, cache, VOCABULARY, KNEE, 512, max_batch_size, record)
+    )
+
+
+def test_a_step_is_launched_for_the_slots_in_use() -> None:
+    """Of few counts: those who come first keep their slots, and the rest ends before them."""
+    kinds: list[StepKind] = []
+    lengths = [40, *([20] * 7), *([10] * 3)]
+    sequences = [start([5, 10], [], max_new_tokens=length, window=1) for length in lengths]
+    run(recorded(kinds, 20), sequences)
+    slots = [kind.slots for kind in kinds]
+    assert slots == sorted(slots, reverse=True)
+    assert {count: slots.count(count) for count in slots} == pytest.approx({20: 10, 8: 10, 1: 20}, abs=1)
+    assert all(
+        s.final[:10] == sequences[0].final[:10] and len(s.final) == n for s, n in zip(sequences, lengths, strict=True)
+    )
+    assert (slot_counts(5), slot_counts(8), slot_counts(64)) == ((1, 5), (1, 8), (1, 8, 64))
 
 
 def test_the_host_reads_one_step_late_but_where_all_may_end() -> None:
