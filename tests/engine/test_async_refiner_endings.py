@@ -25,8 +25,8 @@ from tests.engine.service.helpers import NAN, POISON, Fragile, Record, answer, m
 from tests.engine.service.loops import Gate, fragile, run, until
 
 
-def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate()}
+def threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
 
 
 def files() -> int:
@@ -159,10 +159,11 @@ def test_one_that_nobody_closes_ends_its_thread() -> None:
         refiner = AsyncRefiner(make_refiner(Fragile()))
         await refiner.refine({"prompt_ids": [2, 3]}, RefineOptions(max_new_tokens=5))
 
+    before = threads()
     run(forget())
     gc.collect()
     deadline = time.monotonic() + 20
-    while "engine" in threads():
+    while threads() - before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
