@@ -86,6 +86,25 @@ def training_step(results: dict[str, Any]) -> str:
     return table(["model", "dtype", "drafts", "train_step", *(f"{name} /" for name in peers)], rows)
 
 
+def serving(results: dict[str, Any]) -> str:
+    """The server under every load, a row each."""
+    rows = []
+    for load, found in results.items():
+        if not load.startswith(("closed loop", "load ")):
+            continue
+        latency, told = found["latency ms"], found["shed told after ms"]
+        rows.append([
+            load.replace("load ", "") + (" × capacity" if load.startswith("load") else ""), f"{found['sent']:,}",
+            f"{found['answers/s']:.0f}", f"{latency['p50'] / 1000:.1f} s, {latency['p99'] / 1000:.1f} s", f"{found['shed']:,}",
+            f"{told['p50']:.1f} ms, {told['p99']:.0f} ms" if told else "",
+            str(found["lost"] + found["wrong answers"] + sum(found["other errors"].values())),
+            f"{max(found['MiB resident']):.0f} MiB" if found["MiB resident"] else "",
+        ])  # fmt: skip
+    header = ["arrivals", "requests", "answers/s", "answered after: p50, p99", "refused", "told after: p50, p99",
+              "lost, wrong or failed", "server's memory"]  # fmt: skip
+    return table(header, rows)
+
+
 def on_gpus(folder: Path) -> str:
     """Every operation and the engine, with what bench/gpu.sh measured, if it did, beside what is to be reached."""
 
@@ -115,6 +134,7 @@ TABLES: dict[str, Table] = {
     "training-step": of("train_step_cpu", training_step),
     "reproduction": of("reproduction", summary),
     "correctors": of("reproduction", lambda results: correctors(results["correctors"]).rstrip()),
+    "serving": of("serve", serving),
     "gpu": on_gpus,
 }
 """By their markers in a README."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import PAGES, TABLES, consistency_loss, render, sparse_loss, training_step
+from bench.report import PAGES, TABLES, consistency_loss, render, serving, sparse_loss, training_step
 
 
 def test_readmes_show_the_committed_results() -> None:
@@ -48,3 +48,19 @@ def test_the_table_of_training_steps() -> None:
     assert header == "| model | dtype | drafts | train_step | padded / |"
     assert line == "| tiny | float32 | 3 | 0.46 s | 1.00 (0.98 to 1.25) |"
     assert training_step({"rows": []}) == "Not measured."
+
+
+def test_the_table_of_loads() -> None:
+    found = {
+        "sent": 1234, "answers/s": 41.6, "latency ms": {"p50": 1540.0, "p99": 2500.0}, "shed": 0, "lost": 0,
+        "wrong answers": 0, "other errors": {}, "shed told after ms": None, "MiB resident": [],
+    }  # fmt: skip
+    over = found | {
+        "shed": 500, "shed told after ms": {"p50": 0.84, "p99": 19.4}, "lost": 1, "wrong answers": 2, "other errors": {"E": 3},
+        "MiB resident": [548.1, 554.4],
+    }  # fmt: skip
+    lines = serving({"machine": {}, "closed loop": found, "load 3": over, "sent in all": 2468}).splitlines()[2:]
+    assert lines == [
+        "| closed loop | 1,234 | 42 | 1.5 s, 2.5 s | 0 |  | 0 |  |",
+        "| 3 × capacity | 1,234 | 42 | 1.5 s, 2.5 s | 500 | 0.8 ms, 19 ms | 6 | 554 MiB |",
+    ]
