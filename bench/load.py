@@ -52,7 +52,7 @@ class Tally:
 def percentiles(values: list[float], unit: float = 1000.0) -> dict[str, float] | None:
     if len(values) < 2:
         return None
-    cuts = statistics.quantiles(values, n=100)
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {"p50": round(cuts[49] * unit, 3), "p99": round(cuts[98] * unit, 3), "max": round(max(values) * unit, 3)}
 
 

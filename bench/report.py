@@ -102,7 +102,29 @@ def serving(results: dict[str, Any]) -> str:
         ])  # fmt: skip
     header = ["arrivals", "requests", "answers/s", "answered after: p50, p99", "refused", "told after: p50, p99",
               "lost, wrong or failed", "server's memory"]  # fmt: skip
-    return table(header, rows)
+    beside = results["against the engine in one process"]
+    ratios = [
+        f"{clients}: {found['throughput, served / one process']:.2f} of its answers/s,"
+        f" {found['p50 ms, served - one process']:.1f} ms later at the median"
+        for clients, found in beside.items()
+    ]
+    return f"{table(header, rows)}\n\nBeside an AsyncRefiner in the clients' own process, {'; '.join(ratios)}."
+
+
+def batching(results: dict[str, Any]) -> str:
+    """Time of static batches over continuous batching, a row per limit."""
+    rows = []
+    for name, found in results.items():
+        if name.startswith("batch "):
+            seconds = found["seconds"]
+            ratios = [
+                sorted(a / b for a, b in zip(seconds[other], seconds["continuous"], strict=True))
+                for other in ("static", "static, sorted")
+            ]
+            of_all = [f"{found[f'{other} / continuous']:.2f} ({low:.2f} to {high:.2f})"
+                      for other, (low, *_, high) in zip(("static", "static, sorted"), ratios, strict=True)]  # fmt: skip
+            rows.append([name.removeprefix("batch "), f"{found['answers/s']['continuous']:.1f}", *of_all])
+    return table(["sequences at once", "continuous, answers/s", "static /", "static, sorted by length /"], rows)
 
 
 def on_gpus(folder: Path) -> str:
@@ -135,6 +157,7 @@ TABLES: dict[str, Table] = {
     "reproduction": of("reproduction", summary),
     "correctors": of("reproduction", lambda results: correctors(results["correctors"]).rstrip()),
     "serving": of("serve", serving),
+    "batching": of("batching", batching),
     "gpu": on_gpus,
 }
 """By their markers in a README."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import PAGES, TABLES, consistency_loss, render, serving, sparse_loss, training_step
+from bench.report import PAGES, TABLES, batching, consistency_loss, render, serving, sparse_loss, training_step
 
 
 def test_readmes_show_the_committed_results() -> None:
@@ -59,8 +59,23 @@ def test_the_table_of_loads() -> None:
         "shed": 500, "shed told after ms": {"p50": 0.84, "p99": 19.4}, "lost": 1, "wrong answers": 2, "other errors": {"E": 3},
         "MiB resident": [548.1, 554.4],
     }  # fmt: skip
-    lines = serving({"machine": {}, "closed loop": found, "load 3": over, "sent in all": 2468}).splitlines()[2:]
+    beside = {"64 clients": {"throughput, served / one process": 0.934, "p50 ms, served - one process": 61.04}}
+    results = {"closed loop": found, "load 3": over, "sent in all": 2468, "against the engine in one process": beside}
+    lines = serving(results).splitlines()[2:]
     assert lines == [
         "| closed loop | 1,234 | 42 | 1.5 s, 2.5 s | 0 |  | 0 |  |",
         "| 3 × capacity | 1,234 | 42 | 1.5 s, 2.5 s | 500 | 0.8 ms, 19 ms | 6 | 554 MiB |",
+        "",
+        "Beside an AsyncRefiner in the clients' own process, 64 clients: 0.93 of its answers/s, 61.0 ms later at the median.",
+    ]
+
+
+def test_the_table_of_batching() -> None:
+    seconds = {"continuous": [1.0, 2.0, 4.0], "static": [1.1, 2.6, 4.8], "static, sorted": [1.0, 1.8, 4.4]}
+    found = {
+        "answers/s": {"continuous": 9.04}, "seconds": seconds,
+        "static / continuous": 1.2, "static, sorted / continuous": 1.0,
+    }  # fmt: skip
+    assert batching({"machine": {}, "batch 8": found}).splitlines()[2:] == [
+        "| 8 | 9.0 | 1.20 (1.10 to 1.30) | 1.00 (0.90 to 1.10) |"
     ]
