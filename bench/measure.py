@@ -92,9 +92,7 @@ def commit() -> str | None:
 
     try:
         found = git("rev-parse", "--short=12", "HEAD")
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", ":/", f":(exclude,top){RESULTS.parent.name}/results"
-        )
+        changed = git("status", "--porcelain", ":/", f":(exclude,top){RESULTS.parent.name}/results")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{found}-dirty" if changed else found
