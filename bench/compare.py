@@ -8,7 +8,7 @@ Both are files of ``python -m bench.suite``. The figure is new / old: of the med
 - the 99 % bootstrap interval of that ratio leaves 1 out; drawn again are passes, and rounds within them, since rounds of
   one process are no independent trials;
 - the ratio is further from 1 than the floor, which is what the machine does to unchanged code. Every run holds such an A/A
-  comparison, its odd passes against its even ones: the floor is the 95 % quantile of these differences over all
+  comparison, its odd passes against its even ones: the floor is the 99 % quantile of these differences over all
   benchmarks, at least 1 %, and for each benchmark at least its own. Passes of one run are minutes apart; ``--again`` takes
   a second run of the old code at another time, whose differences to the first count as well.
 
@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 4000
+DRAWS = 2000
 LEVEL = 0.99
-FLOOR_QUANTILE = 0.95
+FLOOR_QUANTILE = 0.99
 LEAST_FLOOR = 0.01
 HARDWARE = ("cpu", "cores", "threads", "kernels")
 Passes = list[list[float]]
@@ -134,11 +134,11 @@ def changes(old: Run, new: Run, again: Run | None = None) -> list[Change]:
 def report(old: Run, new: Run, found: list[Change]) -> str:
     """Markdown: what was compared, the verdicts, all figures."""
     lines = ["# Comparison of two benchmark runs", "", *about("old", old), *about("new", new), ""]
-    count = {verdict: sum(c.verdict == verdict for c in found) for verdict in ("slower", "faster")}
+    slower, faster = (sum(c.verdict == verdict for c in found) for verdict in ("slower", "faster"))
     floors = sorted(c.floor for c in found)
     lines += [
-        f"**{count['slower']} slower, {count['faster']} faster**, {len(found) - sum(count.values())} without a difference beyond"
-        f" noise. Floors of noise: {floors[0]:.1%} to {floors[-1]:.1%}. Ratio: new / old time, {LEVEL:.0%} interval.",
+        f"**{slower} slower, {faster} faster**, {len(found) - slower - faster} without a difference beyond noise."
+        f" Floors of noise: {floors[0]:.1%} to {floors[-1]:.1%}. Ratio: new / old time, {LEVEL:.0%} interval.",
         "",
         "| benchmark | old, ms | new, ms | ratio | floor | verdict |",
         "| --- | --- | --- | --- | --- | --- |",

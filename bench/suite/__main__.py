@@ -24,7 +24,8 @@ def one_pass(folder: Path, number: int, args: argparse.Namespace) -> Path:
     """Runs all tests once; returns the JSON file."""
     out = folder / f"pass-{number}.json"
     asked = [
-        sys.executable, "-m", "pytest", "bench/suite", "-q", "-p", "no:cacheprovider", f"--size={args.size}", "--benchmark-only",
+        sys.executable, "-m", "pytest", "bench/suite", "-q", "-p", "no:cacheprovider", f"--size={args.size}",
+        "--benchmark-only",
         f"--benchmark-json={out}", f"--benchmark-max-time={SECONDS[args.size]}", "--benchmark-min-time=0.001",
         f"--benchmark-min-rounds={LEAST_ROUNDS}", "--benchmark-columns=min,median,max,rounds", "--benchmark-disable-gc",
     ]  # fmt: skip
@@ -65,9 +66,8 @@ def main() -> int:
     args.out.write_text(json.dumps(run, indent=1) + "\n")
     for line in lines(run):
         ratio = "" if line.over_engine is None else "{:6.2f} ({:.2f} to {:.2f})".format(*line.over_engine)
-        print(
-            f"{line.operation:18} {line.shape:14} {line.dtype:9} {line.implementation:22} {duration(line.seconds[0]):>9} {ratio}"
-        )
+        what = f"{line.operation:18} {line.shape:14} {line.dtype:9} {line.implementation:22}"
+        print(f"{what} {duration(line.seconds[0]):>9} {ratio}")
     print(f"{args.out}\nRatios: time over the engine's, median, least and most over {args.passes} passes")
     return 0
 

@@ -6,6 +6,7 @@ from bench.suite.case import Case, Operation, Shape
 from engine import RefineOptions
 from engine.jacobi import JacobiSequence, Vocabulary
 from engine.kernels import JacobiState, PackedRows, jacobi_accept, jacobi_pack
+from engine.kv_cache import pages_for
 from engine.loop_slot import fill
 
 WORDS, KNEE, PROMPT = 500, 11, [1, 2, 3]
@@ -18,6 +19,7 @@ def of_accept(shape: Shape, dtype: torch.dtype) -> Case:
     options = RefineOptions(max_new_tokens=2 * length, window=rows)
     drafts = torch.randint(1, WORDS, (slots, length)).tolist()
     predicted = [[draft[7], *draft[8 : 7 + rows]] for draft in drafts]
+    pages = pages_for(len(PROMPT) + 2 * length)
     flat, eos = torch.tensor(predicted).flatten(), torch.tensor([-1], dtype=torch.int32)
 
     def sequences() -> list[JacobiSequence]:
@@ -34,7 +36,7 @@ def of_accept(shape: Shape, dtype: torch.dtype) -> Case:
         return [sequence.final + sequence.guess for sequence in fresh]
 
     def filled() -> tuple[JacobiState, PackedRows]:
-        state = JacobiState.allocate(slots, 2 * length + 1, 1, torch.device("cpu"))
+        state = JacobiState.allocate(slots, 2 * length + 1, pages, torch.device("cpu"))
         for slot, sequence in enumerate(sequences()):
             fill(state, slot, sequence, VOCABULARY.pad)
         return state, PackedRows.allocate(slots * rows, slots, torch.device("cpu"))

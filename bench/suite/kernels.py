@@ -134,28 +134,33 @@ def of_gated_activation(shape: Shape, dtype: torch.dtype) -> Case:
     return Case({"engine": lambda: gated_activation(gate_up, "silu"), "eager": eager})
 
 
-def against_eager(build: Callable[[Shape, torch.dtype], Case], *, tiny: Shape, quick: tuple[Shape, ...], full: tuple[Shape, ...],
-                  peer: str = "eager", dtypes: tuple[str, ...] = ("float32",)) -> Operation:  # fmt: skip
-    return Operation(build, ("engine", peer), {"tiny": (tiny,), "quick": quick, "full": full}, dtypes)
+def operation(
+    build: Callable[[Shape, torch.dtype], Case], peer: str, dtypes: tuple[str, ...], **shapes: tuple[Shape, ...]
+) -> Operation:
+    """The engine's implementation and one other."""
+    return Operation(build, ("engine", peer), shapes, dtypes)
 
 
-BOTH = ("float32", "bfloat16")
+ONE, BOTH = ("float32",), ("float32", "bfloat16")
 OPERATIONS = {
-    "linear": against_eager(
-        of_linear, tiny=(3, 48, 64), quick=((1, 576, 3072), (16, 576, 3072), (256, 576, 3072)),
-        full=((4, 576, 3072), (12, 576, 3072), (64, 576, 3072), (1024, 576, 3072)), dtypes=BOTH,
+    "linear": operation(
+        of_linear, "eager", BOTH, tiny=((3, 48, 64),), quick=((1, 576, 3072), (16, 576, 3072), (256, 576, 3072)),
+        full=((4, 576, 3072), (12, 576, 3072), (64, 576, 3072), (1024, 576, 3072)),
     ),
-    "linear_argmax": against_eager(
-        of_linear_argmax, tiny=(3, 48, 640), quick=((1, 576, 49152), (16, 576, 49152), (256, 576, 49152)),
-        full=((4, 576, 49152), (64, 576, 49152), (16, 2304, 128256)), dtypes=BOTH,
+    "linear_argmax": operation(
+        of_linear_argmax, "eager", BOTH, tiny=((3, 48, 640),), quick=((1, 576, 49152), (16, 576, 49152), (256, 576, 49152)),
+        full=((4, 576, 49152), (64, 576, 49152), (16, 2304, 128256)),
     ),
-    "paged_attention": against_eager(
-        of_attention, tiny=(3, 40), quick=((1, 256), (64, 256), (256, 1024)),
-        full=((1, 4096), (16, 4096), (256, 4096)), peer="sdpa",
+    "paged_attention": operation(
+        of_attention, "sdpa", ONE, tiny=((3, 40),), quick=((1, 256), (64, 256), (256, 1024)),
+        full=((1, 4096), (16, 4096), (256, 4096)),
     ),
-    "rms_norm": against_eager(of_rms_norm, tiny=(3, 48), quick=((1, 576), (256, 576)), full=((64, 576), (256, 4096))),
-    "rope_kv_write": against_eager(of_rope_kv_write, tiny=(3,), quick=((1,), (256,)), full=((64,), (1024,))),
-    "gated_activation": against_eager(
-        of_gated_activation, tiny=(3, 48), quick=((1, 1536), (256, 1536)), full=((64, 1536), (256, 14336))
+    "rms_norm": operation(
+        of_rms_norm, "eager", ONE, tiny=((3, 48),), quick=((1, 576), (256, 576)), full=((64, 576), (256, 4096))
+    ),
+    "rope_kv_write": operation(of_rope_kv_write, "eager", ONE, tiny=((3,),), quick=((1,), (256,)), full=((64,), (1024,))),
+    "gated_activation": operation(
+        of_gated_activation, "eager", ONE, tiny=((3, 48),), quick=((1, 1536), (256, 1536)),
+        full=((64, 1536), (256, 14336)),
     ),
 }  # fmt: skip

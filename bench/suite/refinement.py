@@ -88,10 +88,10 @@ OPERATIONS = {
     "refine": Operation(
         of_refinement,
         ("engine", "right draft", "no draft", "token by token", "generate", "generate, static cache"),
-        {"tiny": ((2, 8),), "quick": ((1, 128), (8, 128)), "full": ((1, 256), (16, 256))},
+        {"tiny": ((2, 8),), "quick": ((1, 64), (8, 64)), "full": ((1, 256), (16, 256))},
     ),
     "server": Operation(
-        of_server, ("engine", "no server"), {"tiny": ((2, 8),), "quick": ((16, 64),), "full": ((64, 128),)}
+        of_server, ("engine", "no server"), {"tiny": ((2, 8),), "quick": ((16, 32),), "full": ((64, 128),)}
     ),
 }
 """``refine``'s engine is given the demo's drafts, which are none of its own answers."""
