@@ -4,6 +4,7 @@ Peers are what PyTorch offers for the same (``eager``; for attention its fused k
 weights the engine keeps activations in float32, PyTorch's are bfloat16 too: the less work is theirs.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -35,12 +36,18 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype is torch.float32 else BFLOAT16_TOLERANCE
 
 
+@functools.lru_cache(1)
+def layers(columns: int, outputs: int, dtype: torch.dtype) -> tuple[list[LinearWeight], list[Tensor]]:
+    """The same matrices as the engine and as PyTorch has them."""
+    matrices = [torch.randn(outputs, columns).to(dtype) for _ in range(LAYERS)]
+    return [LinearWeight.from_dense(matrix) for matrix in matrices], matrices
+
+
 def of_linear(shape: Shape, dtype: torch.dtype) -> Case:
     """Rows, inputs, outputs."""
     rows, columns, outputs = shape
     x = torch.randn(rows, columns)
-    matrices = [torch.randn(outputs, columns).to(dtype) for _ in range(LAYERS)]
-    packed, plain = itertools.cycle([LinearWeight.from_dense(matrix) for matrix in matrices]), itertools.cycle(matrices)
+    packed, plain = map(itertools.cycle, layers(columns, outputs, dtype))
     narrow = x.to(dtype)
     calls = {"engine": lambda: linear(x, next(packed)), "eager": lambda: F.linear(narrow, next(plain))}
     return Case(calls, tolerance(dtype))
