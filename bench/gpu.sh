@@ -8,7 +8,8 @@
 #   PEER_WHEELS=folder bench/gpu.sh   with the wheels of liger-kernel, cut-cross-entropy and others found there
 #
 # Needs python3 (or $PYTHON) with torch, triton, transformers, pytest, pytest-xdist and hypothesis, and the C compiler that Triton
-# builds its launcher with ($CC, clang or gcc); installs nothing and builds nothing itself. A stage that fails does not stop the others; the exit status is 1 if one did.
+# builds its launcher with ($CC, clang or gcc); installs nothing and builds nothing itself. A stage that fails does not stop the others; the exit
+# status is 1 if one did.
 set -u -o pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export OUT=${OUT:-$root/bench/results}

@@ -95,6 +95,9 @@ class Decoder:
         self.compute_dtype = compute_dtype
         self.embedding_scale = torch.tensor(spec.embedding_scale).to(embed.data.dtype).item()
         self.rotation = torch.empty(0, spec.head_dim, device=self.device)
+        self._outgrown: list[
+            Tensor
+        ] = []  # tables that graphs captured before may still read; together less than twice this one
 
     @classmethod
     def load(cls, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> "Decoder":
@@ -181,6 +184,7 @@ class Decoder:
         size = min(self.max_positions, max(256, positions, 2 * self.rotation.shape[0]))
         inv_freq = self.spec.inv_freq.to(self.device)
         angle = torch.arange(size, device=self.device)[:, None].float() * inv_freq
+        self._outgrown.append(self.rotation)
         self.rotation = torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
