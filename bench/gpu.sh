@@ -85,7 +85,8 @@ else
     cases=(-n "${JOBS:-12}")
 fi
 if wanted tests; then
-    stage tests "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*_gpu_cases.py
+    stage tests "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/kernels/test_flash_attention.py \
+        tests/engine/*_gpu_cases.py
 fi
 if wanted sanitizer; then
     if [ "$dry" ] || ! command -v compute-sanitizer >/dev/null; then

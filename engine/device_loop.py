@@ -130,7 +130,7 @@ class DeviceLoop:
         self._slot_counts = slot_counts(slots)
         self._end = min(model.max_positions, cache.pool.size * PAGE_SIZE)
         places = 1 + min(LONGEST_ANSWER, self._end)
-        self.state = JacobiState.allocate(slots, places, pages_for(self._end), model.device)
+        self.state = JacobiState.allocate(slots, places, cache.pool.rounded(pages_for(self._end)), model.device)
         self._rows = PackedRows.allocate(max_batch_tokens, slots, model.device)
         self._noise = NoiseRows.allocate(max_batch_tokens, model.device)
         self._eos = torch.tensor(sorted(vocabulary.eos) or [-1], dtype=torch.int32, device=model.device)

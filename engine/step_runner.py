@@ -81,8 +81,8 @@ class CudaRecorder:
         # context also makes the device the current one, which is the one that torch.cuda.graph waits for.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
         # Only this thread's calls can spoil the capture: another may be using the GPU in the same process.
-        kept = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with current, torch.cuda.graph(graph, **kept):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with current, recording:
             step()
         return graph
 

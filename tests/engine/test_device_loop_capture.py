@@ -76,6 +76,28 @@ def test_a_step_is_kernels_on_shapes(loop: DeviceLoop, kind: StepKind) -> None:
     assert accept.grid == (kind.slots,)
 
 
+@pytest.mark.parametrize("loop", ["qwen3-tied"], indirect=True)
+def test_flash_attention_in_a_step(loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is told of the sequences is made once, from shapes, for all layers."""
+    model, cache = loop._model, loop._cache
+    assert isinstance(model, Decoder)
+    cache.flash_rows = 0
+    told: list[tuple[object, ...]] = []
+
+    def flash_attention(q: torch.Tensor, k: object, v: object, row_start: object, *others: object) -> torch.Tensor:
+        told.append(others[:1])
+        return q.new_empty(q.shape[0], model.spec.heads * model.spec.head_dim)
+
+    module = sys.modules["engine.kernels.paged_attention"]
+    monkeypatch.setattr(module, "reason_against_flash", lambda q: None)
+    monkeypatch.setattr(module, "flash_attention", flash_attention)
+    with recording(*LAUNCHERS) as launches:
+        loop._step(StepKind(16, False, 1))
+    assert "attention_kernel" not in [launch.kernel.__name__ for launch in launches]
+    assert len(told) == model.spec.layers
+    assert len({id(indices) for (indices,) in told}) == 1
+
+
 @pytest.mark.parametrize("loop", ["llama"], indirect=True)
 def test_waiting_for_the_device_would_be_noticed(loop: DeviceLoop) -> None:
     with pytest.raises(RuntimeError, match="meta"):
