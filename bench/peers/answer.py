@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from engine import Request
+from engine.request import Request
+from engine.text import TextCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +14,7 @@ class Cost:
     of a part that works on a batch as a whole each request waits all of it."""
 
     draft: float = 0.0
-    """Seconds of the base model: a draft, samples, or guided decoding."""
+    """Seconds of making drafts, samples, or an answer under guidance."""
     refinement: float = 0.0
     """Seconds of the refiner."""
     reward: float = 0.0
@@ -39,7 +40,15 @@ class Answer:
     """In the tokens of the model that gave it, ending with EOS where there was one."""
     text: str | None
     """Without special tokens; None without a tokenizer."""
+    ended: bool = True
+    """Whether it ended by itself, and not at the limit."""
     cost: Cost
+
+
+def answer_in(codec: TextCodec, token_ids: list[int], cost: Cost) -> Answer:
+    """An answer in a model's tokens, with its text."""
+    ended = bool(token_ids) and token_ids[-1] in codec.vocabulary.eos
+    return Answer(token_ids=token_ids, text=codec.decode(token_ids), ended=ended, cost=cost)
 
 
 class Peer(Protocol):

@@ -1,4 +1,4 @@
-"""Best-of-n: n samples of the base model, of which the reward model chooses one."""
+"""Best-of-n: n samples of a model, of which the reward model chooses one."""
 
 import time
 from collections import deque
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.peers.answer import Answer, Cost
+from bench.peers.answer import Answer, Cost, answer_in
 from bench.peers.cached import CachedModel, shared_positions
 from bench.peers.reward import Scorer
 from engine import Refiner, Request
@@ -46,12 +46,12 @@ class BestOfN:
     largest_batch: int | None = None
 
     def __init__(
-        self, base: Refiner, scorer: Scorer, tokens: int, *, n: int, temperature: float = 1.0, seed: int = 0
+        self, model: Refiner, scorer: Scorer, tokens: int, *, n: int, temperature: float = 1.0, seed: int = 0
     ) -> None:
         """``temperature`` > 0; sample i of a request draws with numbers of its own, made of ``seed``, the request's seed
         and i."""
         self.n, self.temperature, self.tokens, self.seed = n, temperature, tokens, seed
-        self._model, self._scorer = CachedModel(base), scorer
+        self._model, self._scorer = CachedModel(model), scorer
 
     def answer(self, requests: Sequence[Request], drafts: Sequence[Answer] = ()) -> list[Answer]:
         start = time.perf_counter()
@@ -73,8 +73,7 @@ class BestOfN:
                 sequential_steps=(prefix > 0) + max(len(samples[i].tokens) for i in own) + 1,
                 reward_tokens=reward_tokens,
             )
-            ids = samples[best].tokens
-            answers.append(Answer(token_ids=ids, text=self._model.codec.decode(ids), cost=cost))
+            answers.append(answer_in(self._model.codec, samples[best].tokens, cost))
         return answers
 
     def sample(self, requests: Sequence[Request]) -> tuple[list[_Sample], list[int]]:

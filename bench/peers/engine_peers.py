@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.peers.answer import Answer, Cost, behind_drafts, with_draft
+from bench.peers.answer import Answer, Cost, answer_in, behind_drafts, with_draft
 from engine import RefineOptions, Refiner, Request, Result
 
 TOKEN_BY_TOKEN = RefineOptions(window=1, realign=False)
@@ -31,7 +31,8 @@ class EnginePeer:
             if result.error:
                 raise result.error
             before = behind_drafts(drafts, result.index) if self.takes_draft else Cost()
-            answers[result.index] = _answer(result, before, time.perf_counter() - start)
+            cost = _cost(result, before, time.perf_counter() - start)
+            answers[result.index] = answer_in(self._refiner._codec, result.token_ids, cost)
         return [answers[index] for index in range(len(requests))]
 
 
@@ -49,11 +50,10 @@ class BaseModel:
         return [replace(a, cost=replace(a.cost, draft=a.cost.refinement, refinement=0.0)) for a in answers]
 
 
-def _answer(result: Result, before: Cost, seconds: float) -> Answer:
-    cost = replace(
+def _cost(result: Result, before: Cost, seconds: float) -> Cost:
+    return replace(
         before,
         refinement=seconds,
         token_forwards=before.token_forwards + result.forward_tokens,
         sequential_steps=before.sequential_steps + result.steps,
     )
-    return Answer(token_ids=result.token_ids, text=result.text, cost=cost)

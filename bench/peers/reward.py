@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.peers.answer import Answer, Cost, answer_in
 from engine import Request
+from engine.text import TextCodec
 from engine.trajectories.reward_model import RewardModel
 from engine.trajectories.schema import Response, TrajectoryRow
 
@@ -20,36 +22,31 @@ class Scorer(Protocol):
         ...
 
 
+def load_reward_model(folder: Path, batch_size: int = 64) -> RewardModel:
+    """In float32 on the CPU. Raises what ``RewardModel.load`` does."""
+    return RewardModel.load(
+        folder, device="cpu", dtype="float32", batch_size=batch_size, max_length=None, trust_remote_code=False
+    )
+
+
 class ModelScorer:
     """A sequence classification model that reads prompt and answer as text, each time anew: a bidirectional encoder, such as
     the one here, has nothing to keep from one prefix of an answer to the next."""
 
-    def __init__(self, model: RewardModel, codec: Any) -> None:
+    def __init__(self, model: RewardModel, codec: TextCodec) -> None:
         """``codec``: of the model whose tokens the answers are."""
         self.tokens = 0
         self._model, self._codec = model, codec
         model._model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    @classmethod
-    def load(cls, folder: Path, codec: Any, batch_size: int = 64) -> "ModelScorer":
-        """Raises what ``RewardModel.load`` does."""
-        return cls(
-            RewardModel.load(
-                folder, device="cpu", dtype="float32", batch_size=batch_size, max_length=None, trust_remote_code=False
-            ),
-            codec,
-        )
-
     def score(self, requests: Sequence[Request], answers: Sequence[list[int]]) -> list[float]:
-        """Raises ValueError where a prompt and its answer are too long for the model."""
+        return self.judge(requests, [answer_in(self._codec, ids, Cost()) for ids in answers])
+
+    def judge(self, requests: Sequence[Request], answers: Sequence[Answer]) -> list[float]:
+        """Rewards of answers as text. Raises ValueError where a prompt and its answer are too long for the model."""
         rows = [TrajectoryRow(prompt_id=0, prompt=request.prompt or "") for request in requests]
         # an answer under way, or cut at the limit, has no end of turn
-        responses = [
-            Response(
-                model="", text=self._codec.decode(ids), truncated=not ids or ids[-1] not in self._codec.vocabulary.eos
-            )
-            for ids in answers
-        ]
+        responses = [Response(model="", text=answer.text or "", truncated=not answer.ended) for answer in answers]
         rewards = self._model.score(list(zip(rows, responses, strict=True)))
         missing = [i for i, reward in enumerate(rewards) if reward is None]
         if missing:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.peers.answer import Answer, Cost
+from bench.peers.answer import Answer, Cost, answer_in
 from bench.peers.cached import CachedModel
 from bench.peers.reward import Scorer
 from engine import Refiner, Request
@@ -62,7 +62,7 @@ class RewardGuided:
             running = [one for one in running if not self._ended(one)]
         for own in pages:
             model.release(own)
-        return [Answer(token_ids=a.tokens, text=model.codec.decode(a.tokens), cost=a.cost) for a in answers]
+        return [answer_in(model.codec, one.tokens, one.cost) for one in answers]
 
     def _step(self, running: list[_Guided]) -> float:
         """Adds a token to everyone; the seconds that the reward model took."""

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 
-from bench.peers.answer import Answer, Cost, behind_drafts, with_draft
+from bench.peers.answer import Answer, Cost, answer_in, behind_drafts, with_draft
 from bench.peers.cached import CachedModel
 from engine import Refiner, Request
 from engine.batch import Feed
@@ -65,14 +65,13 @@ class ShrinkingWindow:
         return _Sequence(prompt, draft, self.tokens, self.block, vocabulary.eos, vocabulary.pad)
 
     def _answer(self, row: "_Sequence", before: Cost, seconds: float) -> Answer:
-        ids = row.result()
         cost = Cost(
             draft=before.draft,
             refinement=seconds,
             token_forwards=before.token_forwards + row.fed,
             sequential_steps=before.sequential_steps + row.steps,
         )
-        return Answer(token_ids=ids, text=self._model.codec.decode(ids), cost=cost)
+        return answer_in(self._model.codec, row.result(), cost)
 
 
 class _Sequence:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bench.baselines import full_reforward_jacobi, greedy_generate
-from bench.peers.answer import Answer, Cost, behind_drafts, with_draft
+from bench.peers.answer import Answer, Cost, answer_in, behind_drafts, with_draft
 from engine.request import Request
 from engine.text import TextCodec
 
@@ -98,4 +98,4 @@ def finished(ids: list[int], codec: TextCodec, before: Cost, seconds: float, pas
         token_forwards=before.token_forwards + passes.positions,
         sequential_steps=before.sequential_steps + passes.steps,
     )
-    return Answer(token_ids=ids, text=codec.decode(ids), cost=cost)
+    return answer_in(codec, ids, cost)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from bench.peers.answer import Answer, Cost, Peer
 from bench.peers.best_of_n import BestOfN
@@ -15,8 +16,10 @@ from bench.peers.reward_guided import RewardGuided
 from bench.peers.shrinking_window import ShrinkingWindow
 from bench.peers.transformers_peers import Generate, PublicLoop
 from engine import DEFAULT_CONDITION, RefineOptions, Refiner, Request
+from engine.jacobi import Vocabulary
 from engine.kernels import PAGE_SIZE
-from tests.engine.checkpoints import VOCABULARY, Oracle, prompts
+from engine.text import TextCodec
+from tests.engine.checkpoints import PAD, VOCABULARY, Oracle, family_model, prompts
 
 TOKENS = 32
 NAME = "llama"
@@ -156,7 +159,7 @@ def test_args_keeps_the_candidate_of_the_best_score(subject: tuple[Oracle, Refin
         while len(expected) < TOKENS and not made.ends_with_eos(expected):
             logits = made.logits([*(request.prompt_ids or []), *expected])[-1]
             best = logits.argsort(descending=True)[:candidates].tolist()
-            expected.append(max(best, key=lambda token: logits[token].item() + weight * liking([*expected, token])))  # noqa: B023
+            expected.append(max(best, key=lambda token: logits[token].item() + weight * liking([*expected, token])))
         assert answer.token_ids == expected
         assert answer.cost.token_forwards == len(request.prompt_ids or []) + len(expected) - 1
         assert answer.cost.sequential_steps == 2 * len(expected)
@@ -234,24 +237,23 @@ def test_costs_counted_by_hand(subject: tuple[Oracle, Refiner], requests: list[R
     assert base.cost.draft == base.cost.seconds > 0
 
 
-def test_lookahead_accepts_n_grams_it_has_found(tmp_path: object, subject: tuple[Oracle, Refiner]) -> None:
-    """A model that repeats itself is decoded in fewer passes than tokens."""
-    made, refiner = subject
-    weight = made.model.get_output_embeddings().weight
-    kept = weight.detach().clone()
-    tokens = 40
-    try:
-        with torch.no_grad():
-            weight.copy_(made.model.get_input_embeddings().weight * 5)  # the likeliest token is the one just read
-        request = Request(prompt_ids=[7, 8, 9])
-        [answer] = Lookahead(made.model, refiner._codec, tokens).answer([request])
-        [expected] = Generate(made.model, refiner._codec, tokens).answer([request])
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
+def test_lookahead_accepts_n_grams_that_it_found() -> None:
+    """Where the next token depends on the last one alone, an answer soon goes in circles, which the window finds."""
+    model = family_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=PAD)
+    codec = TextCodec(None, Vocabulary(VOCABULARY, frozenset(), PAD))
+    request = Request(prompt_ids=[7, 8, 9])
+    [expected] = Generate(model, codec, 40).answer([request])
+    [answer] = Lookahead(model, codec, 40).answer([request])
     assert answer.token_ids == expected.token_ids
-    assert len(answer.token_ids) == tokens
-    assert answer.cost.sequential_steps < tokens - 10
+    # the new tokens one by one, then an n-gram of three with every pass
+    distinct = len(set(expected.token_ids))
+    assert distinct < 30
+    assert answer.cost.sequential_steps <= distinct + (40 - distinct) / 3 + 1
 
 
 def test_a_draft_is_there_for_all_when_the_last_of_its_batch_is(
