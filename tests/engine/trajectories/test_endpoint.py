@@ -53,8 +53,8 @@ def expected(count: int) -> list[dict[str, object]]:
 @pytest.mark.usefixtures("_quick")
 def test_a_server_that_fails_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts(tmp_path, 20)
-    faults = ["slow", "slow", *["429", "ok", "500", "cut", "429date", "ok", "garbage", "ok", "cut", "cut", "500", "429"] * 2]
-    with serve(Flaky(faults=faults)) as flaky:
+    faults = ["429", "ok", "500", "cut", "429date", "ok", "garbage", "ok", "cut", "cut", "500", "429"] * 2
+    with serve(Flaky(faults=["slow", "slow", *faults])) as flaky:
         # long enough that no good answer ever misses it; both slow ones are waited for at once
         assert call(*arguments(tmp_path, flaky, "--timeout", 4, "--price-in", 1, "--price-out", 2)) == 0
         assert read(tmp_path / "out.jsonl") == expected(20)
