@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.gpu import kernels, targets
+from bench.gpu import kernels, paged_attention, targets
 from bench.gpu.case import Case
 from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps, step_seconds
 from bench.gpu.models import multiplied_weights
@@ -25,6 +25,7 @@ from bench.gpu.paged_attention import WORK
 from bench.gpu.run import ours_failed
 from bench.gpu.timing import Stopwatch
 from engine.roofline import Roofline
+from tests.kernels.flash_stand_in import varlen
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -111,6 +112,17 @@ def test_an_operation_without_time_leaves_it_to_those_behind(monkeypatch: pytest
     assert "no time" in found["waiting"][1]["error"]
     assert "no such module" in found["broken"][0]["error"]
     assert "error" not in found["waiting_too"][0]
+
+
+def test_flash_attention_finds_the_same_keys_in_its_runs_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the library, at more pages than a run and fewer than two."""
+    work = paged_attention.Work("tiny", 4, 2, 16, 5.0, 24, 2, 3, 300)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    monkeypatch.setattr(sys.modules["engine.kernels.paged_attention"], "reason_against_flash", lambda q: None)
+    expected = paged_attention.case(work, CPU).variants["ours"]()
+    torch.manual_seed(0)  # as ``case`` does
+    inputs = paged_attention.inputs(work, CPU, torch.float32)
+    torch.testing.assert_close(paged_attention.flash_attention_2(work, *inputs)(), expected)
 
 
 def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_next() -> None:
