@@ -53,7 +53,9 @@ SOURCES: dict[str, Source] = {
         "On a GPU", "bench/gpu.sh --stages loss", "all repetitions, in the file", optional=True
     ),
     "async": Source("Server", "python -m bench.bench_async", "percentiles over requests", optional=True),
-    "paper_tables": Source("The paper's tables", "python -m bench.reproduction.paper.table", "in the tables", optional=True),
+    "paper_tables": Source(
+        "The paper's tables", "python -m bench.reproduction.paper.table", "in the tables", optional=True
+    ),
     "peers": Source("Other systems", "python -m bench.peers", "in the tables", optional=True),
 }
 """By the name of the file, in the order of the page."""
