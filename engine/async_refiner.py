@@ -59,6 +59,7 @@ class AsyncRefiner:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         self._process = os.getpid()
         self._refiner = refiner
+        self._decoder = refiner._codec.copy()  # event loops decode: they must not wait while another thread encodes
         self._clock = time.monotonic
         self._numbers = itertools.count()
         self._reporter = Reporter(metrics)
@@ -105,7 +106,7 @@ class AsyncRefiner:
         finally:
             self._leave(ticket)
         assert isinstance(news, Finished)
-        return ticket.result(news, self._refiner._codec)
+        return ticket.result(news, self._decoder)
 
     async def stream(
         self,
@@ -124,7 +125,7 @@ class AsyncRefiner:
         try:
             while True:
                 news = await ticket.mailbox.get()
-                yield ticket.iterate(news, self._refiner._codec)
+                yield ticket.iterate(news, self._decoder)
                 if isinstance(news, Finished):
                     return
         finally:

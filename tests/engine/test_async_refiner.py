@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -94,6 +95,28 @@ def test_encode_gives_what_refine_feeds() -> None:
             for wrong, kind in (({"prompt": ""}, InvalidRequest), ({"prompt": "egg " * 3000}, RequestTooLong)):
                 with pytest.raises(kind):
                     refiner.encode(wrong)
+
+    run(ask())
+
+
+def test_an_event_loop_does_not_wait_for_a_long_text_that_another_thread_encodes() -> None:
+    """Answers are decoded, and requests of token ids let in, while the tokenizer is busy."""
+    options = RefineOptions(max_new_tokens=8)
+
+    async def ask() -> None:
+        async with AsyncRefiner.from_pretrained() as refiner:
+            text = {"prompt": "How do I boil an egg?"}
+            prompt_ids, _ = refiner.encode(text)
+            wanted = await refiner.refine(text, options)
+            busy = refiner._refiner._codec._lock
+            busy.acquire()
+            too_late = threading.Timer(20, busy.release)  # so that a failure ends too
+            too_late.start()
+            events = [event async for event in refiner.stream({"prompt_ids": prompt_ids}, options)]
+            assert busy.locked()
+            too_late.cancel()
+            busy.release()
+            assert events[-1].converged_text == wanted.text
 
     run(ask())
 
