@@ -148,17 +148,21 @@ class AsyncRefiner:
     async def pause(self, *, finish: bool = False) -> None:
         """Returns when the engine stands still, between two steps; with ``finish`` when what is in the batch is done.
 
-        Requests are still let in to the queue, cancelled, and ended by their deadlines. A cancelled call pauses nothing.
+        Requests are still let in to the queue, cancelled, and ended by their deadlines. A cancelled call pauses nothing,
+        and leaves an engine that others have paused as it is. Raises EngineError if another call resumes it, or stops it at
+        once, before the batch was done.
         """
+        self._check_process()
+        mailbox: Mailbox[bool] = Mailbox()
+        self._worker.inbox.post(partial(self._worker.pause, mailbox, finish=finish), mailbox)
         try:
-            await self._ask(lambda mailbox: partial(self._worker.pause, mailbox, finish=finish))
+            await mailbox.get()
         except asyncio.CancelledError:
-            with suppress(EngineDead):
-                self.resume()
+            self._worker.inbox.whisper(partial(self._worker.withdraw, mailbox))
             raise
 
     def resume(self) -> None:
-        """Goes on after ``pause``."""
+        """Goes on, however often ``pause`` was called."""
         self._check_process()
         self._worker.inbox.post(self._worker.resume, Mailbox())
 

@@ -228,6 +228,53 @@ def test_new_weights_answer_with_the_new_model_and_lose_nobody(
     assert [r.token_ids for r in results] == (old_answers[:2] if finish else new_answers[:2]) + new_answers[2:]
 
 
+def test_a_cancelled_pause_pauses_nothing_and_ends_no_other() -> None:
+    async def ask() -> None:
+        async with fragile() as (refiner, model):
+            gate, options = Gate(model), RefineOptions(max_new_tokens=30)
+            call = asyncio.ensure_future(refiner.refine({"prompt_ids": [2, 3]}, options))
+            await until(lambda: gate.passes == 1)
+            alone = asyncio.ensure_future(refiner.pause(finish=True))
+            await asyncio.sleep(0)
+            alone.cancel()
+            await asyncio.wait([alone])
+            gate.open()
+            assert (await call).token_ids == answer([2, 3], 30)
+            await refiner.pause()
+            second = asyncio.ensure_future(refiner.pause())
+            await asyncio.sleep(0)
+            second.cancel()
+            await asyncio.wait([second])
+            passes = gate.passes
+            later = asyncio.ensure_future(refiner.refine({"prompt_ids": [2, 4]}, options))
+            await asyncio.sleep(0.05)
+            assert gate.passes == passes
+            refiner.resume()
+            assert (await later).token_ids == answer([2, 4], 30)
+
+    run(ask())
+
+
+def test_new_weights_answer_what_was_asked_whatever_became_of_the_lists(oracle: Callable[[str], Oracle]) -> None:
+    """A request in the batch begins anew with the ids it entered with."""
+
+    async def ask() -> None:
+        async with AsyncRefiner.from_pretrained(oracle("llama").folder, kv_cache_tokens=512) as refiner:
+            gate, asked = Gate(refiner._refiner._alive().model), {"prompt_ids": list(PROMPTS[2]), "draft_ids": [5, 6]}
+            call = asyncio.ensure_future(refiner.refine(asked, RefineOptions(max_new_tokens=12, window=1)))
+            await until(lambda: gate.passes == 1)
+            asked["prompt_ids"][:] = [-1] * 600
+            asked["draft_ids"].clear()
+            update = asyncio.ensure_future(refiner.update_weights(oracle("llama").model.state_dict()))
+            inbox = refiner._worker.inbox
+            await until(lambda: len(inbox) > 0)
+            gate.open()
+            await update
+            assert (await call).token_ids == oracle("llama").greedy(PROMPTS[2], 12)
+
+    run(ask())
+
+
 def test_untied_weights_for_a_tied_model_are_refused(oracle: Callable[[str], Oracle]) -> None:
     weights = dict(oracle("mistral-tied").model.state_dict())
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
