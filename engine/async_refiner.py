@@ -145,6 +145,13 @@ class AsyncRefiner:
         """Whether it takes requests: neither closed, nor closing, nor failed, nor in a forked process."""
         return os.getpid() == self._process and not self._admission.closed
 
+    @property
+    def retry_after(self) -> float:
+        """Seconds in which those who wait now will all be in the batch, as fast as lately: QueueFull's hint, for callers that
+        turn requests away themselves. May be read anywhere."""
+        self._check_process()
+        return self._admission.retry_after
+
     async def pause(self, *, finish: bool = False) -> None:
         """Returns when the engine stands still, between two steps; with ``finish`` when what is in the batch is done.
 

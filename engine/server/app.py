@@ -113,7 +113,11 @@ def create_app(
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Gate, settings=settings, closing=lambda: server.draining)],
+        middleware=[
+            Middleware(
+                Gate, settings=settings, closing=lambda: server.draining, retry_after=lambda: refiner.retry_after
+            )
+        ],
         exception_handlers={
             ApiError: _tell, EngineError: _tell, HTTPException: _tell_http, Exception: _tell_unexpected
         },

@@ -20,11 +20,15 @@ DISCARDED = 4
 class Gate:
     """ASGI middleware. Reads the body whole, within its limits, and cancels the request when its client has gone."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, closing: Callable[[], bool]) -> None:
-        """``closing``: whether no further POST request is to be let in."""
+    def __init__(
+        self, app: ASGIApp, settings: Settings, closing: Callable[[], bool], retry_after: Callable[[], float]
+    ) -> None:
+        """``closing``: whether no further POST request is to be let in; ``retry_after``: seconds after which one that is told
+        to come again should."""
         self.app = app
         self.settings = settings
         self.closing = closing
+        self.retry_after = retry_after
         self.in_progress = 0
         self._token = None if settings.token is None else settings.token.encode()
 
@@ -98,7 +102,7 @@ class Gate:
         if self.in_progress >= self.settings.max_in_progress:
             raise ApiError(
                 429, f"{self.in_progress} requests are in progress, as many as are allowed: try again",
-                code="too_many_requests", retry_after=1.0,
+                code="too_many_requests", retry_after=self.retry_after(),
             )  # fmt: skip
 
     async def _read_body(self, receive: Receive) -> bytes | None:

@@ -1,5 +1,6 @@
 """The command ``python -m engine.serve``, as a process of its own."""
 
+import inspect
 import os
 import re
 import signal
@@ -13,7 +14,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from engine.serve import build_parser, build_settings, is_loopback, main
+from engine import AsyncRefiner
+from engine.serve import QUEUE_DEFAULTS, build_parser, build_settings, is_loopback, main
 from tests.engine.server.servers import Base, running, wait_until
 
 LONG = {"prompt": "How do I boil an egg?", "stream": True, "options": {"max_new_tokens": 150, "window": 1}}
@@ -119,6 +121,17 @@ def test_who_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [is_loopback(h) for h in ("localhost", "::1", "127.8.9.1", "0.0.0.0", "10.0.0.1", "x", "")] == [
         True, True, True, False, False, False, False
     ]  # fmt: skip
+
+
+def test_the_queue_is_bounded_as_an_async_refiners_is_unless_said_otherwise() -> None:
+    parameters = inspect.signature(AsyncRefiner).parameters
+    assert {name: parameters[name].default for name in QUEUE_DEFAULTS} == QUEUE_DEFAULTS
+    with command("--max-queue-requests", "1", "--max-batch-size", "1") as (_, url):
+        body = {"requests": [{"prompt": "egg"}] * 4, "options": {"max_new_tokens": 30}}
+        results = httpx.post(f"{url}/v1/refine", json=body, timeout=60).json()["results"]
+    codes = [(result["error"] or {}).get("code") for result in results]
+    assert None in codes
+    assert set(codes) == {None, "QueueFull"}
 
 
 def test_nothing_else_imports_the_server() -> None:
