@@ -147,6 +147,7 @@ async def serve(args: argparse.Namespace, settings: "Settings", bound: socket.so
 
     from engine.async_refiner import AsyncRefiner
     from engine.server import create_app
+    from engine.server.protocol import Protocol
     from engine.service.prometheus import PrometheusMetrics
 
     loading: dict[str, Any] = {
@@ -173,8 +174,9 @@ async def serve(args: argparse.Namespace, settings: "Settings", bound: socket.so
             await refiner.close(drain=False)  # of its requests only those are left whose time is over
 
     config = uvicorn.Config(
-        app, access_log=args.access_log, log_level="info" if args.access_log else "warning", server_header=False,
-        timeout_graceful_shutdown=args.grace, lifespan="on",
+        app, http=Protocol, ws="none", proxy_headers=False, server_header=False, lifespan="on",
+        access_log=args.access_log, log_level="info" if args.access_log else "warning",
+        timeout_graceful_shutdown=args.grace,
     )  # fmt: skip
     try:
         await Server(config).serve([bound])

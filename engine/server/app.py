@@ -145,9 +145,7 @@ async def _tell_http(request: HttpRequest, error: Exception) -> Response:
 
 async def _tell_unexpected(request: HttpRequest, error: Exception) -> Response:
     """A fault of this server, which is logged with its traceback by whoever runs the application."""
-    response = ApiError(500, f"unexpected {type(error).__name__}", code="unexpected").response()
-    response.headers["Connection"] = "close"  # as uvicorn does: the client must not use it again
-    return response
+    return ApiError(500, f"unexpected {type(error).__name__}", code="unexpected", close=True).response()
 
 
 def _json(value: dict[str, Any], status: int = 200) -> Response:

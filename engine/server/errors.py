@@ -16,14 +16,15 @@ STATUSES = tuple(_KINDS)
 
 
 class ApiError(Exception):
-    """An answer that is an error. ``retry_after``: seconds; ``code``: a word for programs."""
+    """An answer that is an error. ``retry_after``: seconds; ``code``: a word for programs; ``close``: whether the connection
+    must not be used again."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None,
-        retry_after: float | None = None,
+        retry_after: float | None = None, close: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+        self.status, self.code, self.param, self.retry_after, self.close = status, code, param, retry_after, close
 
     @property
     def body(self) -> dict[str, Any]:
@@ -38,6 +39,8 @@ class ApiError(Exception):
             headers["Retry-After"] = str(math.ceil(self.retry_after))  # the header has whole seconds only
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.close:
+            headers["Connection"] = "close"
         return headers
 
     def response(self) -> JSONResponse:

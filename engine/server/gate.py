@@ -83,6 +83,9 @@ class Gate:
             await error.response()(scope, receive, send)
 
     def _check_caller(self, scope: Scope) -> None:
+        if _header(scope, b"content-length") and _header(scope, b"transfer-encoding"):
+            # whoever forwarded it may have read another body than this server would
+            raise ApiError(400, "a body has Content-Length or Transfer-Encoding, got both: send one", close=True)
         allowed = self.settings.allowed_hosts
         host = _header(scope, b"host").decode("latin-1")
         if allowed is not None and _host_name(host) not in allowed:

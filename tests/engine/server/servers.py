@@ -21,9 +21,9 @@ MODEL = "writer"
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
+def running(app: Any, **more: Any) -> Iterator[str]:
     """Serves an ASGI application in a thread; gives its URL."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5, **more)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

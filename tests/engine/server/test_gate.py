@@ -93,6 +93,20 @@ def test_a_body_that_does_not_end_is_not_kept(start: Callable[..., str]) -> None
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_of_two_lengths(start: Callable[..., str]) -> None:
+    """Whatever comes behind it is not taken for a request."""
+    url = start(base_url=None)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST /v1/refine HTTP/1.1\r\nHost: {host}\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(f"{head}0\r\n\r\nGET /health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 def test_a_body_that_does_not_come(start: Callable[..., str]) -> None:
     url = start(base_url=None, body_timeout=0.2)
     host, port = url.removeprefix("http://").split(":")
