@@ -1,11 +1,22 @@
 """Errors as HTTP tells them: a status and OpenAI's error object."""
 
+import logging
 import math
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from engine.errors import DeadlineExceeded, EngineDead, EngineError, InvalidRequest, OutOfMemory, QueueFull
+from engine.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    NonFiniteLogits,
+    OutOfMemory,
+    QueueFull,
+)
+
+logger = logging.getLogger("engine.server")
 
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
@@ -53,16 +64,22 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def api_error(error: EngineError) -> ApiError:
-    """What an error of the engine is to a client."""
-    text = str(error)
+    """What an error of the engine is to a client. What quotes a library's own words, which may name files and sizes of this
+    machine, is logged for its operator and told without them."""
+    text, code = str(error), type(error).__name__
     if isinstance(error, InvalidRequest):
-        return bad_request(text, code=type(error).__name__)
+        return bad_request(text, code=code)
     if isinstance(error, QueueFull):
-        return ApiError(429, text, code="QueueFull", retry_after=error.retry_after)
+        return ApiError(429, text, code=code, retry_after=error.retry_after)
     if isinstance(error, DeadlineExceeded):
-        return ApiError(504, text, code="DeadlineExceeded")
-    if isinstance(error, EngineDead):
-        return ApiError(503, text, code="EngineDead")
+        return ApiError(504, text, code=code)
+    if isinstance(error, NonFiniteLogits):
+        return ApiError(500, text, code=code)
+    if isinstance(error, EngineDead):  # which has been logged when it died
+        return ApiError(503, "the engine does not run any more: ask another server", code=code)
+    logger.error("a request failed", exc_info=error)
     if isinstance(error, OutOfMemory):
-        return ApiError(503, text, code="OutOfMemory", retry_after=1.0)
-    return ApiError(500, text, code=type(error).__name__)
+        return ApiError(
+            503, "too little memory for this request: ask for less, or again later", code=code, retry_after=1.0
+        )
+    return ApiError(500, "the engine failed on this request; its log says why", code=code)

@@ -10,7 +10,15 @@ import openai
 import pytest
 
 from engine import AsyncRefiner
-from engine.errors import DeadlineExceeded, EngineDead, NonFiniteLogits, OutOfMemory, QueueFull, RequestTooLong
+from engine.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    NonFiniteLogits,
+    OutOfMemory,
+    QueueFull,
+    RequestTooLong,
+)
 from engine.server import Settings, create_app
 from engine.server.errors import api_error
 from engine.server.events import read_events
@@ -130,11 +138,16 @@ def test_a_slow_reader_holds_up_nobody(start: Callable[..., str], base: Base) ->
     ("error", "status"),
     [
         (RequestTooLong("x"), 400), (QueueFull("x", 2.3), 429), (DeadlineExceeded("x"), 504), (EngineDead("x"), 503),
-        (OutOfMemory("x"), 503), (NonFiniteLogits("x"), 500),
+        (OutOfMemory("x"), 503), (NonFiniteLogits("x"), 500), (EngineError("x"), 500),
     ],
 )  # fmt: skip
-def test_errors_of_the_engine(error: Any, status: int) -> None:
+def test_errors_of_the_engine(error: Any, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that quote others' exceptions are told without these, and logged; a dead engine has logged its end already."""
+    error.args = ("in /home/someone/secret.cpp", *error.args[1:])
     told = api_error(error)
+    quoting = type(error) in (EngineError, OutOfMemory, EngineDead)
+    assert ("secret" in str(told)) == (not quoting)
+    assert ("secret" in caplog.text) == (type(error) in (EngineError, OutOfMemory))
     assert told.status == status
     assert told.body["error"]["code"] == type(error).__name__
     assert told.headers == (

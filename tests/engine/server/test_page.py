@@ -136,6 +136,14 @@ def test_text_is_never_markup(page: Any, start: Callable[..., str], base: Base) 
     assert page.locator("#answer img, #answer b").count() == 0
 
 
+def test_no_other_page_may_show_it(page: Any, start: Callable[..., str]) -> None:
+    page.set_content(f"<iframe src={start(base_url=None)}></iframe>")
+    framed = page.frames[1]
+    assert framed.url.startswith("chrome-error:")
+    assert framed.locator("#prompt").count() == 0
+    page.expected_faults = 1  # the browser says that it refused
+
+
 @pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="makes the README's picture: SCREENSHOT=file.png")
 def test_screenshot(page: Any, start: Callable[..., str]) -> None:
     page.goto(start(base_url=None))
