@@ -4,6 +4,7 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.errors import ApiError
@@ -111,8 +112,9 @@ class Gate:
     async def _read_body(self, receive: Receive) -> bytes | None:
         """None: the client has gone."""
         try:
-            return await asyncio.wait_for(self._collect(receive), self.settings.body_timeout)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(self.settings.body_timeout):
+                return await self._collect(receive)
+        except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {self.settings.body_timeout} s") from None
 
     async def _collect(self, receive: Receive) -> bytes | None:
