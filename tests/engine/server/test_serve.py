@@ -16,7 +16,7 @@ import pytest
 
 from engine import AsyncRefiner
 from engine.serve import QUEUE_DEFAULTS, build_parser, build_settings, is_loopback, main
-from tests.engine.server.servers import Base, running, wait_until
+from tests.engine.server.servers import PATIENCE, Base, http, running, wait_until
 
 LONG = {"prompt": "How do I boil an egg?", "stream": True, "options": {"max_new_tokens": 150, "window": 1}}
 
@@ -43,9 +43,9 @@ def command(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
 
 
 def test_sigterm_lets_what_is_in_progress_finish() -> None:
-    with command() as (process, url), httpx.Client(timeout=60) as client:
-        assert httpx.get(f"{url}/health").json() == {"status": "alive"}
-        assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 421
+    with command() as (process, url), httpx.Client(timeout=PATIENCE) as client:
+        assert http.get(f"{url}/health").json() == {"status": "alive"}
+        assert http.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 421
         assert "diffpo" in client.get(f"{url}/").text
         with client.stream("POST", f"{url}/v1/refine", json=LONG) as response:
             lines = response.iter_lines()
@@ -62,14 +62,14 @@ def test_grace_ends_and_drafts_come_from_a_base_api() -> None:
         arguments = ("--base-url", f"{url}/v1", "--base-model", "writer", "--grace", "1", "--condition")
         with command(*arguments, OPENAI_API_KEY="secret", DIFFPO_TOKEN="s3cret") as (process, served):
             headers = {"Authorization": "Bearer s3cret"}
-            assert httpx.get(f"{served}/v1/models").status_code == 401
-            assert httpx.get(f"{served}/v1/models", headers=headers).json()["data"][0]["id"] == "writer"
+            assert http.get(f"{served}/v1/models").status_code == 401
+            assert http.get(f"{served}/v1/models", headers=headers).json()["data"][0]["id"] == "writer"
             body: dict[str, Any] = {"model": "writer", "messages": [{"role": "user", "content": "egg?"}]}
             failures: list[Exception] = []
 
             def ask() -> None:
                 try:
-                    httpx.post(f"{served}/v1/chat/completions", json=body, headers=headers, timeout=30)
+                    http.post(f"{served}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE)
                 except httpx.HTTPError as error:
                     failures.append(error)
 
@@ -128,7 +128,7 @@ def test_the_queue_is_bounded_as_an_async_refiners_is_unless_said_otherwise() ->
     assert {name: parameters[name].default for name in QUEUE_DEFAULTS} == QUEUE_DEFAULTS
     with command("--max-queue-requests", "1", "--max-batch-size", "1") as (_, url):
         body = {"requests": [{"prompt": "egg"}] * 4, "options": {"max_new_tokens": 30}}
-        results = httpx.post(f"{url}/v1/refine", json=body, timeout=60).json()["results"]
+        results = http.post(f"{url}/v1/refine", json=body, timeout=PATIENCE).json()["results"]
     codes = [(result["error"] or {}).get("code") for result in results]
     assert None in codes
     assert set(codes) == {None, "QueueFull"}
