@@ -10,6 +10,7 @@ write it counts. The prompts are held-out ones of ``bench.reproduction``. Writes
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -67,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no further batch begins after so many")
     parser.add_argument("--temperature", type=float, default=0.7, help="of best-of-n")
     parser.add_argument("--args-weights", default="1.5", help="of the reward in ARGS")
     parser.add_argument("--args-candidates", type=int, default=5)
@@ -116,7 +118,7 @@ def main() -> None:
         made = chosen(peers(models, settings), args.only)
         measure(
             BaseModel(models.base, args.tokens), made, requests, models.scorer,
-            batches=batch_plan(args.batch, len(requests)), rounds=args.rounds, record=record,
+            batches=batch_plan(args.batch, len(requests)), rounds=args.rounds, minutes=args.minutes, record=record,
             limits=limits(args.limit, list(made)),
         )  # fmt: skip
 

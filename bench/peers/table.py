@@ -125,6 +125,8 @@ def page(results: Results) -> str:
     same = "All answers that must have the same tokens have them." if not different else (
         f"Answers with other tokens than they must have: {different}."
     )  # fmt: skip
+    if results["left_out"]:
+        same += f" {results['left_out']} of the planned batches were not begun: the run's time was over."
     loads = results["loads"]
     of = {
         **settings["models"], "prompts": settings["prompts"], "tokens": settings["tokens"], "dtype": settings["dtype"],
