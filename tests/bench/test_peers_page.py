@@ -110,13 +110,16 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     assert "best of 4" not in latencies(results, "batch 2")
     results |= {
         "settings": {
-            "models": {"base": "b", "refiner": "r", "reward_model": "w"}, "prompts": 5, "tokens": 8, "rounds": 1,
-            "dtype": "float32", "temperature": 0.7, "candidates": 5,
+            "models": {"base": "b", "refiner": "r", "reward_model": "w", "corrector": None},
+            "prompts": 5, "tokens": 8, "rounds": 1, "dtype": "float32", "temperature": 0.7, "candidates": 5,
         }
     }  # fmt: skip
     text = page(results)
     assert "All answers that must have the same tokens have them." in text
     assert "| DiffPO, converged | best of 4 | 5 | -2.000 (-2.000 to -2.000) |" in text
+    assert "for which it was not trained" in text
+    results["settings"]["models"]["corrector"] = "c"
+    assert "another refiner, c, reads it in its prompt" in page(results)
     results["methods"][CONVERGED]["batch 1"]["same"][0] = False
     assert "Answers with other tokens than they must have: {'DiffPO, converged': 1}." in page(results)
     pytest.importorskip("matplotlib")
