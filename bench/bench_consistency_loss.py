@@ -5,7 +5,7 @@
 Loss and gradients of both streams and the head. The variants take turns in one process for the times; each gets a process
 of its own for the peak memory (high-water mark above what the inputs take; gradients included and, beside it, subtracted).
 With ``--states``, hidden states of a trained model (bench/trained_states.py makes such a file), also the sparse plan, every
-gradient's error against float64 beside its time. ``python -m bench.report`` makes README's tables of the results.
+gradient's error against float64 beside its time. ``make report`` makes the tables of the results.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.consistency_states import exact_gradients, relative_error
 from bench.consistency_variants import OMEGA, SHAPES, Shape, eager, inputs, known_shapes, ours, step, variants
-from bench.measure import interleaved, machine, medians, ratio, save
+from bench.measure import interleaved, machine, medians, ratio, save, spread
 
 MB = 1 << 20
 DISTANCES = (0.3, 0.05, 0.01)
@@ -38,7 +38,7 @@ def times(shape: Shape, rounds: int) -> dict[str, Any]:
         "shape": [shape.rows, shape.d, shape.v],
         "rounds": rounds,
         "median_seconds": medians(seconds),
-        "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "spread": spread(seconds),
     }
     for name in (name for name in calls if name.startswith("ours")):
         out |= {f"{name}/{peer}": 1 / ratio(seconds, peer, name) for peer in ("eager", "compile")}

@@ -8,7 +8,6 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.measure import RESULTS
 from bench.reproduction.cases import CONTROLS, Case, controlled, mt_bench_cases, ranked_cases, spread
 from engine import RefineOptions, Refiner, Result
+from engine.evaluate.overlap import agreement, similarity
 from engine.training import TrajectoryCollator, rank, train_step
 from engine.trajectories.dataset import load
 
@@ -28,16 +28,6 @@ TRAINED_TOKENS = 128
 JUDGED_TOKENS = 64
 """Response tokens that are refined here: the guess of every one of them is computed anew in every step."""
 Columns = dict[str, list[Any]]
-
-
-def similarity(a: Sequence[Any], b: Sequence[Any]) -> float:
-    """Difflib's ratio, 0 to 1, of two sequences of tokens or words."""
-    return SequenceMatcher(None, a, b, autojunk=False).ratio()
-
-
-def agreement(a: Sequence[int], b: Sequence[int]) -> float:
-    """Share of positions, of the longer one, at which both hold the same token."""
-    return sum(x == y for x, y in zip(a, b, strict=False)) / max(len(a), len(b), 1)
 
 
 class Judge:

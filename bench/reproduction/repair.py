@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from bench.measure import RESULTS
 from bench.reproduction.data import HELD_OUT, PROMPT_CHARACTERS, VALIDATION
 from bench.reproduction.examples import ExampleMaker, cut, damage, load_rows
-from bench.reproduction.measure import Columns, dump, similarity
+from bench.reproduction.measure import Columns, dump
 from engine import RefineOptions, Refiner
+from engine.evaluate.overlap import word_similarity
 from engine.options import DEFAULT_CONDITION
 from engine.refiner import DEFAULT_CHECKPOINT
 from engine.text import load_tokenizer
@@ -115,7 +116,7 @@ def only(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
 
 def words_alike(a: str, b: str) -> float:
     """Difflib's ratio on words."""
-    return round(similarity(a.split(), b.split()), 4)
+    return round(word_similarity(a, b), 4)
 
 
 def summary(made: Columns) -> dict[str, float]:

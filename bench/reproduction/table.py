@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench.measure import RESULTS
 from bench.reproduction.cases import CONTROLS
 from bench.reproduction.measure import STEPS, Columns
+from engine.evaluate.statistics import paired_bootstrap
 
-DRAWS = 2000
 REFERENCE = "ar"
 """The run that others are compared with."""
 Values = dict[int, float]
@@ -45,11 +43,9 @@ def less(a: Values, b: Values) -> Values:
 
 
 def interval(values: Values) -> tuple[float, float, float]:
-    """Mean, and the 2.5 % and 97.5 % quantiles of the mean of as many prompts drawn with replacement."""
-    sample = np.array(list(values.values()))
-    drawn = np.random.default_rng(0).integers(len(sample), size=(DRAWS, len(sample)))
-    low, high = np.quantile(sample[drawn].mean(1), (0.025, 0.975))
-    return float(sample.mean()), float(low), float(high)
+    """Mean over prompts with its 95 % interval."""
+    found = paired_bootstrap(list(values.values()))
+    return found.mean, found.low, found.high
 
 
 def cell(values: Values, digits: int = 3) -> str:
