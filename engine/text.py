@@ -5,7 +5,7 @@ import functools
 import logging
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ class TextCodec:
         A draft as text gets the end of the turn behind it, unless ``keep_prefix`` would keep that as well.
         """
         # what is in token ids already does not wait for somebody else's long text
-        with nullcontext() if request.prompt_ids is not None and not request.draft else self._lock:
+        ready = request.prompt_ids is not None and not request.draft
+        lock: AbstractContextManager[object] = nullcontext() if ready else self._lock
+        with lock:
             prompt, draft = self._encode(request, condition, keep_prefix)
         self._check_range("prompt_ids", prompt)
         self._check_range("draft_ids", draft)
