@@ -16,6 +16,8 @@ from engine.job.source import Fields
 Rows = Sequence[Fields]
 Figures = dict[str, Any]
 MOST_DRAWS = 20000
+LEAST_PROMPTS = 10
+"""Below this no length-controlled win rate: two coefficients of so few comparisons are noise."""
 
 
 def figures(results: Results) -> Figures:
@@ -25,7 +27,10 @@ def figures(results: Results) -> Figures:
     others = {name: mine for name, mine in results.rows.items() if name != main}
     return {
         "main": main,
-        "variants": {name: summary(mine) for name, mine in results.rows.items()},
+        "variants": {
+            name: summary(mine, drafted=results.record["variants"][name]["guess"] != "none")
+            for name, mine in results.rows.items()
+        },
         "against": {name: against(mine, rows, len(others)) for name, mine in others.items()},
         "categories": parts(rows, "category"),
         "models": parts(rows, "model"),
@@ -49,8 +54,8 @@ def _difference(row: Fields) -> float:
     return float(row["reward"] - row["base_reward"])
 
 
-def summary(rows: Rows) -> Figures:
-    """Base against refined, of one variant."""
+def summary(rows: Rows, *, drafted: bool = True) -> Figures:
+    """Base against refined, of one variant; ``drafted``: whether it has to wait for a draft."""
     good = compared(rows)
     made: Figures = {
         "cases": len(rows),
@@ -80,13 +85,16 @@ def summary(rows: Rows) -> Figures:
     }
     made |= {name: sum(map(test, good)) for name, test in shares.items()}
     made["seconds"] = spread([row["seconds"] for row in good])
-    whole = [row["seconds"] + row["draft_seconds"] for row in good if row["draft_seconds"] is not None]
-    made["seconds_with_draft"] = spread(whole) if len(whole) == len(good) else None
+    known = [row for row in good if row["draft_seconds"] is not None]
+    whole = [row["seconds"] + (row["draft_seconds"] if drafted else 0.0) for row in known]
+    made["seconds_with_draft"] = spread(whole) if len(known) == len(good) else None
     return made
 
 
 def length_controlled(rows: Rows) -> Figures:
     """Of rows with preferences; what stands in its way under ``reason`` where there is none."""
+    if len({row["group"] for row in rows}) < LEAST_PROMPTS:
+        return {"reason": f"there are fewer than {LEAST_PROMPTS} prompts"}
     try:
         found: Estimate = length_controlled_win_rate(
             [row["preference"] for row in rows],

@@ -53,6 +53,7 @@ def _steps(results: Results, figures: dict[str, Any], path: Path) -> bool:
         end["mean"], color="black", linestyle="--", label=f"{figures['main']}: {main['steps']['mean']:.1f} steps"
     )
     axes.axhspan(end["low"], end["high"], color="black", alpha=0.08)
+    axes.set_xticks(x)
     axes.set(xlabel="Jacobi steps", ylabel="mean reward", title="Reward per step, with 95 % intervals over prompts")
     axes.legend()
     figure.savefig(path, dpi=110)

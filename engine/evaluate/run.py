@@ -21,6 +21,7 @@ from engine.job.run import Job, RefinerLike, SessionLike
 from engine.job.settings import checkpoint_digest, job_settings
 from engine.job.source import Fields, Source
 from engine.options import RefineOptions
+from engine.request import Request
 from engine.trajectories.score import Scorer
 
 if TYPE_CHECKING:
@@ -41,9 +42,15 @@ class _Shared:
     def take(self) -> RefinerLike:
         if self._refiner is None:
             self._refiner = self._load()
-            # what is done once only, such as choosing kernels, belongs to no variant's seconds
-            self._refiner.refine([{"prompt": "Hello", "draft": "Hello there"}], RefineOptions(max_new_tokens=4))
+            self._warm_up(self._refiner)
         return _Lent(self._refiner)
+
+    def _warm_up(self, refiner: RefinerLike) -> None:
+        """What is done once only, such as choosing kernels, belongs to no variant's seconds."""
+        with closing(refiner.session(RefineOptions(max_new_tokens=4))) as session:
+            if session.add(Request(prompt="Hello", draft="Hello there"), 0) is None:
+                while not session.step():
+                    pass
 
     def close(self) -> None:
         if self._refiner is not None:
