@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 TYPES := build/types
 
 .DEFAULT_GOAL := test
-.PHONY: .venv demo test lint types bench clean
+.PHONY: .venv demo test lint types bench report clean
 
 .venv: $(INSTALLED)
 
@@ -43,6 +43,10 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m bench.run
+
+# The results page, README's table and build/report.html, from the JSON files under bench/results/.
+report: $(INSTALLED)
+	$(PY) -m bench.report --write
 
 clean:
 	rm -rf build dist *.egg-info kernels/_cpu.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -5,7 +5,7 @@
 Loss and gradients of both streams and the head. The variants take turns in one process for the times; each gets a process
 of its own for the peak memory (high-water mark above what the inputs take; gradients included and, beside it, subtracted).
 With ``--states``, hidden states of a trained model (bench/trained_states.py makes such a file), also the sparse plan, every
-gradient's error against float64 beside its time. ``python -m bench.report`` makes README's tables of the results.
+gradient's error against float64 beside its time. ``make report`` makes the tables of the results.
 """
 
 import argparse

@@ -1,11 +1,16 @@
 """Interleaved timing and the description of the machine it was done on."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +46,66 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to know of where the figures come from."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        keys = {name.strip(): value.strip() for name, value in fields.items()}
-        model = f"{keys.get('vendor_id')} {keys.get('model name')} (family {keys.get('cpu family')}, model {keys.get('model')})"
+    """What a reader needs to know of where the figures come from, and how to get them again."""
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "kernels": native_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "triton": version("triton"),
         "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
     }
+
+
+def processor() -> str:
+    """Vendor, name, family and model number: the name alone often says little on a virtual machine."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    keys = {name.strip(): value.strip() for name, value in fields.items()}
+    return (
+        f"{keys.get('vendor_id')} {keys.get('model name')} (family {keys.get('cpu family')}, model {keys.get('model')})"
+    )
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout, with "-dirty" where the code differs from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(RESULTS.parent), *arguments]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        found = git("rev-parse", "--short=12", "HEAD")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", ":/", f":(exclude,top){RESULTS.parent.name}/results"
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{found}-dirty" if changed else found
+
+
+def command() -> str:
+    """This process's, of files their names alone: where they lie is of no interest elsewhere."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", *start, *words])
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

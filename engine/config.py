@@ -18,7 +18,8 @@ _NO_EFFECT = frozenset(
     "_name_or_path architectures chunk_size_feed_forward dtype torch_dtype id2label label2id is_encoder_decoder model_type "
     "output_attentions output_hidden_states problem_type return_dict transformers_version initializer_range use_cache "
     "attention_dropout bos_token_id eos_token_id pad_token_id cache_implementation _attn_implementation "
-    "attn_implementation is_llama_config rope_theta unsloth_version max_window_layers use_sliding_window".split()
+    "attn_implementation is_llama_config rope_theta unsloth_version max_window_layers use_sliding_window "
+    "_model_name_or_path unk_token_id".split()  # the last two: what transformers makes of a GGUF file
 )
 _COMMON = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "

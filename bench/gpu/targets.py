@@ -1,4 +1,4 @@
-"""What the GPU path has to reach, and what it was measured to: for the benchmark's output and README's table."""
+"""What the GPU path has to reach, and what it was measured to: for the benchmark's output and the results page."""
 
 from typing import Any, NamedTuple
 

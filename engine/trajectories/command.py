@@ -16,7 +16,7 @@ from engine.trajectories.endpoint import Sampling, completions_url
 from engine.trajectories.options import build_parser
 from engine.trajectories.schema import read_rows
 from engine.trajectories.score import SCORER_DEFAULTS, Score, choose_scorer
-from engine.trajectories.summary import Summary, plot
+from engine.trajectories.summary import Summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +118,8 @@ def _inspect(args: argparse.Namespace, say: Callable[[str], None], signals: Sign
     with signals.at_once():
         summary = Summary.of(read_rows(args.file))
         if args.plot is not None:
+            from engine.trajectories.plot import plot
+
             if args.plot.exists() and args.plot.samefile(args.file):
                 raise Refused(f"--plot {args.plot} would overwrite the trajectories: give another file")
             plot(summary, args.plot)

@@ -78,6 +78,8 @@ def parse_any(fields: Fields, *, pair_rewards: bool = False) -> TrajectoryRow:
     """A row of any of the formats, told apart by its fields. Raises InvalidTrajectory."""
     if "responses" in fields:
         return parse_row(fields)
+    if fields.get("all_generated_responses") is not None:
+        return _sampled(fields)
     if "chosen" in fields and "rejected" in fields:
         return _pair(fields, pair_rewards)
     if "completions" in fields:
@@ -174,4 +176,24 @@ def _ultrafeedback(fields: Fields) -> TrajectoryRow:
                 reward=checked_reward(f"completions[{i}].overall_score", value.get("overall_score")),
             )
         )
+    return replace(_prompt(fields), responses=responses)
+
+
+def _sampled(fields: Fields) -> TrajectoryRow:
+    """UltraFeedback's prompts with all samples of one model and their ArmoRM scores, as SimPO's authors publish them; the pair
+    beside them is the best and the worst of these."""
+    texts, rewards = fields["all_generated_responses"], fields.get("all_rm_scores")
+    if not isinstance(texts, list):
+        raise InvalidTrajectory(f"all_generated_responses must be a list, got {type(texts).__name__}")
+    rewards = [None] * len(texts) if rewards is None else rewards
+    if not isinstance(rewards, list) or len(rewards) != len(texts):
+        raise InvalidTrajectory(f"all_rm_scores must be a list of {len(texts)} numbers, got {rewards!r:.80}")
+    responses = [
+        Response(
+            model=f"sample {i}",
+            text=checked_text(f"all_generated_responses[{i}]", text),
+            reward=checked_reward(f"all_rm_scores[{i}]", reward),
+        )
+        for i, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+    ]
     return replace(_prompt(fields), responses=responses)

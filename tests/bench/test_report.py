@@ -1,17 +1,132 @@
-"""The READMEs' tables are those of the committed results."""
+"""The pages show the committed results, all of them, and no figure that is not from them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
-from bench.report import PAGES, TABLES, batching, consistency_loss, render, serving, sparse_loss, training_step
+from bench.report.html import standalone
+from bench.report.pages import PAGES, ROOT, TEMPLATES, fill, included, stated, with_parts
+from bench.report.results import SOURCES, UNUSED, Results, about, listing
+from bench.report.tables import batching, consistency_loss, serving, sparse_loss, training_step
+
+PAGE = Results().folder / "README.md"
+NAMES = re.compile(r"\b(b?float\d+|135M|sm_\d+)")
+"""Digits that are part of a name."""
 
 
-def test_readmes_show_the_committed_results() -> None:
-    texts = [page.read_text() for page in PAGES]
-    assert [render(text) for text in texts] == texts, "run python -m bench.report --write"
-    assert sum(text.count(f"<!-- /{name} -->") for text in texts for name in TABLES) == len(TABLES)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.parent.name))
+def test_pages_show_the_committed_results(path: Path) -> None:
+    assert PAGES[path](path, Results()) == path.read_text(), "run make report"
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES.glob("*.md")), ids=lambda path: path.name)
+def test_no_figure_is_typed(template: Path) -> None:
+    text = template.read_text()
+    for filled_or_code in (r"\{\{.*?\}\}", r"\{%.*?%\}", r"`[^`]*`", r"\]\([^)]*\)"):
+        text = re.sub(filled_or_code, "", text, flags=re.DOTALL)
+    text = NAMES.sub("", text)
+    typed = [line for line in text.splitlines() if re.search(r"\d", line)]
+    assert not typed, "take it from the results, or name with stated() the file that says it"
+
+
+def test_readme_measured_is_all_made() -> None:
+    section = re.search(r"^## Measured\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert section is not None
+    assert re.fullmatch(r"\s*<!-- measured -->.*<!-- /measured -->\s*", section[1], re.DOTALL)
+
+
+def test_every_result_is_shown_or_said_not_to_be() -> None:
+    results, text = Results(), PAGE.read_text()
+    assert not SOURCES.keys() & UNUSED.keys()
+    assert set(results) <= SOURCES.keys() | UNUSED.keys(), (
+        "say in bench/report/results.py where it is shown, or why not"
+    )
+    assert {name for name, source in SOURCES.items() if not source.optional} <= set(results)
+    for name in set(results) & SOURCES.keys():
+        start = text.index(f"## {SOURCES[name].section}\n")
+        section = text[start : text.find("\n## ", start)]
+        assert f"*[{name}.json]({name}.json). Hardware: " in section
+    for folder in (path.parent.name for path in results.folder.glob("*/*.json")):
+        assert f"[{folder}/]({folder})" in text
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (results.folder / picture).exists()
+
+
+def test_a_run_says_what_it_noted_and_what_it_did_not(tmp_path: Path) -> None:
+    machine = {
+        "cpu": "C",
+        "cores": 2,
+        "threads": 1,
+        "torch": "2.13",
+        "triton": None,
+        "load_before": 0.123,
+        "commit": "abc",
+    }
+    (tmp_path / "job.json").write_text(json.dumps({"machine": machine, "note": "others ran"}))
+    assert about(Results(tmp_path), "job") == (
+        "*[job.json](job.json). Hardware: C, 2 cores, threads: 1; versions: torch 2.13; load: 0.12 before;"
+        " spread: not recorded: one run; command: `python -m bench.bench_job`, its arguments not recorded; commit: abc;"
+        " date: not recorded.*"
+        " Note of the run: others ran."
+    )
+    (tmp_path / "job.json").write_text(json.dumps({"machine": {"command": "python -m bench.bench_job --rows 5"}}))
+    assert "Hardware: not recorded" in about(Results(tmp_path), "job")
+    assert "command: `python -m bench.bench_job --rows 5`; commit" in about(Results(tmp_path), "job")
+
+
+def with_links_to(results: Results, folder: Path) -> Results:
+    """A folder that shows the same results, and has room for more."""
+    for path in results.folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    return Results(folder)
+
+
+def test_results_that_may_be_missing_have_their_section_when_they_are_there(tmp_path: Path) -> None:
+    results = with_links_to(Results(), tmp_path)
+    for name in ("peers.json", "peers.md", "peers.png"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert "## Other systems" not in fill("results.md", results)
+    (tmp_path / "peers.json").write_text(json.dumps({"machine": {"cpu": "C"}}))
+    with pytest.raises(FileNotFoundError):
+        fill("results.md", results)
+    (tmp_path / "peers.md").write_text("# Peers\n\n| a |\n| --- |\n| 1 |\n\n## More\n")
+    text = fill("results.md", results)
+    assert "## Other systems\n\n*[peers.json](peers.json). Hardware: C;" in text
+    assert "### Peers\n\n| a |" in text
+    assert "### More" in text
+    assert "| [peers.json](peers.json) | Other systems |" in listing(results)
+    assert "peers.png" not in text
+    (tmp_path / "peers.png").write_bytes(b"")
+    assert "![Other systems](peers.png)" in fill("results.md", results)
+
+
+def test_what_is_missing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text("{}")
+    with pytest.raises((UndefinedError, KeyError)):
+        fill("measured.md", Results(tmp_path))
+    with pytest.raises(KeyError, match=r"serve\.json is not there"):
+        Results(tmp_path)["serve"]
+    with pytest.raises(FileNotFoundError):
+        included(Results(tmp_path), "peers")
+    with pytest.raises(ValueError, match="does not say '7 wonders'"):
+        stated("7 wonders", "LICENSE")
+    assert stated("Apache License", "LICENSE") == "Apache License"
+
+
+def test_the_page_as_one_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    (tmp_path / "page.md").write_text("# Title & more\n\n| a |\n| --- |\n| 1 |\n\n![shown](a.png) [other](b.json)\n")
+    html = standalone(tmp_path / "page.md")
+    assert "<title>Title &amp; more</title>" in html
+    assert '<img src="data:image/png;base64,cGljdHVyZQ=="' in html
+    assert "<td>1</td>" in html
+    assert '<a href="b.json">' in html
+    pictures = re.findall(r'src="([^"]{0,40})', standalone(PAGE))
+    assert pictures
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
 
 
 def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
@@ -32,10 +147,11 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     ]
     assert sparse_loss({"bf16-32k-softcap": dense}) == "Not measured."
     (tmp_path / "consistency_loss_cpu.json").write_text(json.dumps(results))
-    text = "before\n<!-- consistency-loss -->\nold\n<!-- /consistency-loss -->\nafter"
-    assert render(text, tmp_path).splitlines()[-3:] == [loss[0], "<!-- /consistency-loss -->", "after"]
-    with pytest.raises(FileNotFoundError):
-        render(text, tmp_path / "absent")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- consistency-loss -->\nold\n<!-- /consistency-loss -->\nafter")
+    made = with_parts(page, Results(tmp_path)).splitlines()
+    assert made[0] == "before"
+    assert made[-3:] == [loss[0], "<!-- /consistency-loss -->", "after"]
 
 
 def test_the_table_of_training_steps() -> None:

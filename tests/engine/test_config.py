@@ -85,6 +85,7 @@ def test_old_config_files(name: str, checkpoint: Callable[[str], Path]) -> None:
     edit_config(
         folder, rope_parameters=None, rope_theta=rope["rope_theta"], rope_scaling=None if plain else scaling, dtype=None,
         torch_dtype="float32", layer_types=None, transformers_version="4.38.0", _name_or_path="x",
+        _model_name_or_path="of a GGUF file", unk_token_id=0,
     )  # fmt: skip
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | ({"rope_scaling": None} if plain else {})))

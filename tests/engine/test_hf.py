@@ -45,8 +45,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     # attention sinks
     "GptOss": BASE | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 9},
     # attention that does not go through the interface
-    "GPTJ": GPT | {"rotary_dim": 8},
-    "CodeGen": GPT | {"rotary_dim": 8},
     "Falcon": {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "Bloom": {"vocab_size": 101, "hidden_size": 48, "n_layer": 2, "n_head": 4},
     # keys and values of different sizes
@@ -59,6 +57,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "GraniteMoeHybrid": BASE | {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 12,
         "mamba_d_state": 8, "num_local_experts": 0, "shared_intermediate_size": 32},
 }  # fmt: skip
+SERVED_BY_NEWER: dict[str, dict[str, Any]] = {
+    # attention that goes through the interface in newer versions of transformers only
+    "GPTJ": GPT | {"rotary_dim": 8},
+    "CodeGen": GPT | {"rotary_dim": 8},
+}
 LONGROPE = BASE | {
     "original_max_position_embeddings": 48,
     "rope_parameters": {
@@ -99,6 +102,19 @@ def test_what_cannot_be_served_is_refused(name: str, backend: str, tmp_path: Pat
     folder = checkpoint(name, REFUSED[name], tmp_path)
     with pytest.raises(UnsupportedModel):
         Refiner.from_pretrained(folder, kv_cache_tokens=2048, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SERVED_BY_NEWER)
+def test_refused_or_equal_to_transformers(name: str, tmp_path: Path) -> None:
+    """Which of the two is the version's choice; another text is nobody's."""
+    folder = checkpoint(name, SERVED_BY_NEWER[name], tmp_path)
+    try:
+        refiner = Refiner.from_pretrained(folder, kv_cache_tokens=2048)
+    except UnsupportedModel as error:
+        pytest.skip(f"refused with transformers {transformers.__version__}: {error}")
+    with refiner:
+        results = refiner.refine([{"prompt_ids": p} for p in PROMPTS], RefineOptions(max_new_tokens=24))
+    assert [result.token_ids for result in results] == answers(folder, PROMPTS, 24)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -51,7 +51,8 @@ def test_all_rows_masked_is_a_connected_zero(m: int, loss_impl: LossImpl) -> Non
 def test_empty_and_single_rows(m: int, r: int, loss_impl: LossImpl) -> None:
     pairs = torch.full((r,), 0 if m else -1)
     case = Case(randn(0, m, 8), randn(1, r, 8), randn(2, 50, 8), torch.zeros(m, dtype=torch.long), pairs, None, {})
-    assert_close(run(case, loss_impl), case)
+    # a single pair's few roundings in plain float32 are luck, which differs from one BLAS to another
+    assert_close(run(case, loss_impl), case, twice=(m, r) != (1, 1))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 506, 10**9])

@@ -151,8 +151,9 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import time\n"
         "def length(prompt, texts):\n"
         "    return [len(text) for text in texts]\n"
-        "def slow(prompt, texts):\n"
-        "    time.sleep(0.01)\n"
+        "def stuck(prompt, texts):\n"
+        "    if prompt == 'Question 100?':\n"
+        "        time.sleep(600)\n"
         "    return length(prompt, texts)\n"
         "def picky(prompt, texts):\n"
         "    if '1' in prompt:\n"
@@ -196,24 +197,26 @@ def test_failures_cost_their_row_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("functions")
-def test_killed_and_resumed(tmp_path: Path) -> None:
+def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(i, ("a", "x" * (i % 7), None), ("b", "y" * (i % 5 + 7), None)) for i in range(200)]
     source = write(tmp_path / "in.jsonl", rows)
     out = tmp_path / "scored.jsonl"
     command = [sys.executable, "-m", "engine.trajectories", "score", "--input", str(source), "--output", str(out)]
-    command += ["--callable", "rewarding:slow"]
+    command += ["--callable", "rewarding:stuck"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=Path(__file__).parents[3],
     )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 40):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 96):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 40 <= out.read_bytes().count(b"\n") < 200
+    assert out.read_bytes().count(b"\n") == 96  # whole groups in front of the row it was stuck in
+    sys.modules.pop("rewarding", None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with out.open("ab") as file:
         file.write(b'{"torn')
     assert call(*command[3:]) == 0

@@ -1,23 +1,10 @@
-"""Tables of the READMEs from the results under bench/results/, so that no figure is typed by hand.
+"""Tables of the results under bench/results/: functions of a file's content to Markdown."""
 
-    python -m bench.report [--write]
-
-Prints them; ``--write`` puts them between the READMEs' markers ``<!-- name -->`` and ``<!-- /name -->``.
-"""
-
-import argparse
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import targets
-from bench.measure import RESULTS
-from bench.reproduction.table import correctors, summary
-from engine.refiner import DEFAULT_CHECKPOINT
-
-PAGES = (Path(__file__).parents[1] / "README.md", DEFAULT_CHECKPOINT / "README.md")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -139,49 +126,3 @@ def on_gpus(folder: Path) -> str:
     lines += targets.loss_lines(results("consistency_loss"))
     lines += targets.engine_lines(results("engine").get("engine", {}))
     return table(["on a GPU, bfloat16", "target", "measured"], [list(line) for line in lines])
-
-
-Table = Callable[[Path], str]
-
-
-def of(results: str, make: Callable[[dict[str, Any]], str]) -> Table:
-    """What ``make`` says of the results of that name, in a folder of results."""
-    return lambda folder: make(json.loads((folder / f"{results}.json").read_text()))
-
-
-TABLES: dict[str, Table] = {
-    "consistency-loss": of("consistency_loss_cpu", consistency_loss),
-    "consistency-loss-sparse": of("consistency_loss_cpu", sparse_loss),
-    "consistency-loss-accuracy": of("consistency_loss_cpu", accuracy),
-    "training-step": of("train_step_cpu", training_step),
-    "reproduction": of("reproduction", summary),
-    "correctors": of("reproduction", lambda results: correctors(results["correctors"]).rstrip()),
-    "serving": of("serve", serving),
-    "batching": of("batching", batching),
-    "gpu": on_gpus,
-}
-"""By their markers in a README."""
-
-
-def render(text: str, folder: Path = RESULTS) -> str:
-    """``text`` with a table between each pair of markers in it."""
-    for name, make in TABLES.items():
-        if f"<!-- {name} -->" in text:
-            filled = f"<!-- {name} -->\n{make(folder)}\n<!-- /{name} -->"
-            text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=filled: new, text, flags=re.DOTALL)
-    return text
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md and that of the shipped refiner")
-    args = parser.parse_args()
-    if args.write:
-        for page in PAGES:
-            page.write_text(render(page.read_text()))
-        return
-    print(render("\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in TABLES)))
-
-
-if __name__ == "__main__":
-    main()
