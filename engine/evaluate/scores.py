@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import EngineError
 from engine.evaluate.cases import Case
 from engine.job.book import open_book
-from engine.job.output import read_finished
+from engine.job.output import read_finished, read_record
 from engine.job.rows import encode
 from engine.trajectories.schema import Response, TrajectoryRow, error_fields
 from engine.trajectories.score import GROUP_ROWS, Scorer, ScoringFailed
@@ -56,16 +56,25 @@ class Scoring:
             "scorer": self.identity,
             "plan": {"concurrency": 1},
         }
-        with open_book(path, settings, self.overwrite, self.retry_errors) as book:
-            if path.exists():
-                self._remember(path, answers)
+        before, _ = read_record(path)
+        same_scorer = before is not None and before.get("scorer") == self.identity
+        if same_scorer and not self.overwrite:
+            self._remember(path, answers)
+        # other answers, such as those of --retry-errors, begin a new file; what they share with the old one is known
+        anew = self.overwrite or (same_scorer and before is not None and before["input"] != settings["input"])
+        with open_book(path, settings, anew, self.retry_errors) as book:
             due = [index for index in answers if index not in book.done]
             if due:
                 book.begin(all_kept=False)
             for start in range(0, len(due), GROUP_ROWS):
                 self.check()
                 for index, rewards, error in self._scored(due[start : start + GROUP_ROWS], answers):
-                    line = {"rewards": rewards, "index": index, "error": error_fields(error) if error else None}
+                    line = {
+                        "rewards": rewards,
+                        "answers": _digest({index: answers[index]}),
+                        "index": index,
+                        "error": error_fields(error) if error else None,
+                    }
                     book.write(index, encode(line))
                 book.flush()
             book.finish(len(answers))
@@ -73,8 +82,10 @@ class Scoring:
         return {row.index: row.fields for row in read_finished(path)}
 
     def _remember(self, path: Path, answers: dict[int, Answers]) -> None:
-        for row in read_finished(path):
+        for row in read_finished(path) if path.exists() else ():
             if row.failed or row.index not in answers:
+                continue
+            if row.fields["answers"] != _digest({row.index: answers[row.index]}):
                 continue
             keys = self._keys(row.index, answers[row.index])
             for key, reward in zip(keys, row.fields["rewards"], strict=False):

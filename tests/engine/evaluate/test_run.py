@@ -239,3 +239,20 @@ def test_latency_counts_the_drafts_time_where_a_draft_is_waited_for(tmp_path: Pa
     for name, extra in (("given", 2.0), ("alone", 0.0)):
         one = variants[name]
         assert one["seconds_with_draft"]["mean"] == pytest.approx(one["seconds"]["mean"] + extra)
+
+
+def test_errors_are_tried_again_without_doing_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = questions(5, ("one",))
+    rows[2]["prompt"] = "A large question?"
+    status, out = evaluate(tmp_path, rows, *FEW, "--kv-cache-tokens", "500", "--max-new-tokens", "64")
+    assert status == 3
+    assert read(out / "given.jsonl")[2]["error"]["type"] == "RequestTooLong"
+    monkeypatch.setenv(scorers.ASKED, str(tmp_path / "asked"))
+    status, out = evaluate(
+        tmp_path, rows, *FEW, "--kv-cache-tokens", "5000", "--max-new-tokens", "64", "--retry-errors"
+    )
+    assert status == 0
+    made = read(out / "given.jsonl")
+    assert all(row["error"] is None for row in made)
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1  # the answer that was not there before
+    assert made[2]["reward"] == scorers.letters(rows[2]["prompt"], [stub_answer(rows[2])])[0]
