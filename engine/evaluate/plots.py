@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.evaluate.results import Results, compared
+from engine.evaluate.statistics import FEWEST
 
 STEPS, CATEGORIES, LENGTHS, CONTROLS = "steps.png", "categories.png", "lengths.png", "controls.png"
 _BASE, _REFINED = "#888888", "#1f77b4"
@@ -65,8 +66,10 @@ def _forest(items: Sequence[tuple[str, dict[str, Any]]], title: str, path: Path)
         return False
     figure, axes = _figure(1.4 + 0.32 * len(items))
     for place, (_, one) in enumerate(reversed(items)):
-        axes.plot([one["low"], one["high"]], [place, place], color=_REFINED, linewidth=2)
-        axes.plot(one["mean"], place, "o", color=_REFINED)
+        enough = one["prompts"] >= FEWEST
+        if enough:
+            axes.plot([one["low"], one["high"]], [place, place], color=_REFINED, linewidth=2)
+        axes.plot(one["mean"], place, "o", color=_REFINED, markerfacecolor=_REFINED if enough else "white")
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(items)), [name for name, _ in reversed(items)])
     axes.set(xlabel="difference of reward", title=title)

@@ -9,6 +9,7 @@ from engine.evaluate import plots
 from engine.evaluate.cautions import controls_text, main_cautions
 from engine.evaluate.figures import figures
 from engine.evaluate.results import RESULTS, Results, compared, write_whole
+from engine.evaluate.statistics import FEWEST
 from engine.evaluate.tables import Example, Section, Table, as_html, as_markdown
 
 EXAMPLES = 3
@@ -64,11 +65,11 @@ def sections_of(results: Results, made: Figures, pictures: Sequence[str]) -> tup
 
 
 def cell(value: Figures | None, digits: int = 3) -> str:
-    """Mean and interval as text; a dash where there is nothing."""
+    """Mean and interval as text, without one of too few prompts; a dash where there is nothing."""
     if value is None:
         return "–"
-    if value["prompts"] < 2:  # nothing to draw from
-        return f"{value['mean']:.{digits}f}"
+    if value["prompts"] < FEWEST:
+        return f"{value['mean']:.{digits}f} (–)"
     return f"{value['mean']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
 
 
@@ -101,7 +102,7 @@ def _setting(results: Results, made: Figures) -> Section:
     ]
     text = [
         "Means are over prompts: the drafts of one prompt share its weight. Brackets hold 95 % intervals of a paired bootstrap "
-        "that draws prompts. A tie is half a win."
+        f"that draws prompts; fewer than {FEWEST} prompts have none. A tie is half a win."
     ]
     return Section("What was compared", Table(["", ""], rows), text=text)
 

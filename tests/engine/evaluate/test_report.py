@@ -84,6 +84,17 @@ def test_without_matplotlib_there_are_tables(
     assert "Base against refined" in (out / "report.md").read_text()
 
 
+def test_a_few_prompts_have_no_interval(tmp_path: Path) -> None:
+    rows = [*questions(8, ("many",)), *questions(5, ("few",))]
+    _, out = evaluate(tmp_path, rows, "--reward-at-steps", "none")
+    assert main(["report", str(out)]) == 0
+    lines = (out / "report.md").read_text().splitlines()
+    few, many = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("few", "many"))
+    assert " to " not in few
+    assert few.count("(–)") == 5
+    assert many.count(" to ") == 5
+
+
 def test_what_misleads_is_said(tmp_path: Path) -> None:
     rows = [{"prompt": f"Question {i}?", "draft": "e", "reward": 1.0} for i in range(12)]
     _, out = evaluate(tmp_path, rows, "--reward-at-steps", "none")
