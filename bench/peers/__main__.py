@@ -10,6 +10,7 @@ write it counts. The prompts are held-out ones of ``bench.reproduction``. Writes
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -61,12 +62,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--base", type=Path, required=True, help="checkpoint folder of the model that writes drafts")
     parser.add_argument("--refiner", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument(
+        "--corrector", type=Path, help="checkpoint folder of a refiner that reads the draft in its prompt"
+    )
     parser.add_argument("--reward-model", type=Path, required=True, help="sequence classification model with one label")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with prompt; the last ones are held out")
     parser.add_argument("--batch", default="1,8,32", help="batch sizes, each with :PROMPTS if it gets fewer")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no further batch begins after so many")
     parser.add_argument("--temperature", type=float, default=0.7, help="of best-of-n")
     parser.add_argument("--args-weights", default="1.5", help="of the reward in ARGS")
     parser.add_argument("--args-candidates", type=int, default=5)
@@ -99,7 +104,10 @@ def main() -> None:
     requests = read_prompts(args.data, args.prompts, development=args.development)
     about: dict[str, Any] = {"machine": machine(), **({"note": args.note} if args.note else {})}
     about["settings"] = dataclasses.asdict(settings) | {
-        "models": {name: getattr(args, name).name for name in ("base", "refiner", "reward_model")},
+        "models": {
+            "base": args.base.name, "refiner": args.refiner.name, "reward_model": args.reward_model.name,
+            "corrector": args.corrector.name if args.corrector else None,
+        },
         "prompts": len(requests), "rounds": args.rounds, "best_of": BEST_OF, "dtype": "float32",
     }  # fmt: skip
 
@@ -108,15 +116,15 @@ def main() -> None:
         args.out.write_text(dump(about | results))
         print({batch: len(loads) for batch, loads in results["loads"].items()}, flush=True)
 
-    with load(args.base, args.refiner, args.reward_model) as models:
+    with load(args.base, args.refiner, args.corrector, args.reward_model) as models:
         few = chosen(peers(models, dataclasses.replace(settings, tokens=WARM_UP_TOKENS)), args.only)
-        drafts = BaseModel(models.base, WARM_UP_TOKENS).answer(requests[:1])
+        drafts = BaseModel(models.base.engine, WARM_UP_TOKENS).answer(requests[:1])
         for peer in few.values():
             peer.answer(requests[:1], drafts)
         made = chosen(peers(models, settings), args.only)
         measure(
-            BaseModel(models.base, args.tokens), made, requests, models.scorer,
-            batches=batch_plan(args.batch, len(requests)), rounds=args.rounds, record=record,
+            BaseModel(models.base.engine, args.tokens), made, requests, models.base.scorer,
+            batches=batch_plan(args.batch, len(requests)), rounds=args.rounds, minutes=args.minutes, record=record,
             limits=limits(args.limit, list(made)),
         )  # fmt: skip
 

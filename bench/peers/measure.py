@@ -1,7 +1,10 @@
 """Takes peers through the same requests, batch by batch and in turn, and keeps what every answer cost and is worth."""
 
+import itertools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bench.peers.answer import Answer, Peer
@@ -33,35 +36,45 @@ def measure(
     rounds: int,
     limits: Mapping[str, int],
     record: Record,
+    minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """``batches``: of every batch size how many of the requests are asked; ``limits``: peers that get so many at most.
+    """``batches``: of every batch size how many of the requests are asked; ``limits``: peers that get so many at most; after
+    ``minutes`` no further batch begins.
 
-    The drafts of a batch are made once per round, and their time counts for each peer that takes them. Between one batch
-    and the next the order of the peers moves on by one. ``record`` gets the results after every batch.
+    The drafts of a batch are made once, and their time counts for each peer that takes them. Between one batch and the next
+    of its size the order of the peers moves on by one. ``record`` gets the results after every batch.
     """
-    results: dict[str, Any] = {"loads": {}, "methods": {}}
-    for size, count in batches.items():
-        loads = results["loads"].setdefault(f"batch {size}", [])
-        for turn, start in _turns(count, size, rounds):
-            group = requests[start : min(start + size, count)]
-            drafts = base.answer(group, ())
-            answers = {BASE: drafts}
-            names = [name for name, peer in peers.items() if _takes(peer, len(group), limits.get(name), start)]
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                answers[name] = peers[name].answer(group, drafts)
-            for name, given in answers.items():
-                columns = results["methods"].setdefault(name, {}).setdefault(f"batch {size}", {c: [] for c in COLUMNS})
-                same = answers.get(reference(name) or "")
-                _add(columns, turn, start, given, judge.judge(group, given), same)
-            loads.append(round(os.getloadavg()[0], 2))
+    results: dict[str, Any] = {"loads": {f"batch {size}": [] for size in batches}, "methods": {}, "left_out": 0}
+    end = time.monotonic() + 60 * minutes
+    plan = _plan(batches, rounds)
+    for done, (size, turn, start) in enumerate(plan):
+        if time.monotonic() > end:
+            results["left_out"] = len(plan) - done
             record(results)
+            break
+        group = requests[start : min(start + size, batches[size])]
+        drafts = base.answer(group, ())
+        answers = {BASE: drafts}
+        names = [name for name, peer in peers.items() if _takes(peer, len(group), limits.get(name), start)]
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            answers[name] = peers[name].answer(group, drafts)
+        for name in (BASE, *names):
+            columns = results["methods"].setdefault(name, {}).setdefault(f"batch {size}", {c: [] for c in COLUMNS})
+            same = answers.get(reference(name) or "")
+            _add(columns, turn, start, answers[name], judge.judge(group, answers[name]), same)
+        results["loads"][f"batch {size}"].append(round(os.getloadavg()[0], 2))
+        record(results)
     return results
 
 
-def _turns(count: int, size: int, rounds: int) -> Iterator[tuple[int, int]]:
-    """Number and first request of every batch."""
-    starts = [start for _ in range(rounds) for start in range(0, count, size)]
-    return iter(enumerate(starts))
+def _plan(batches: Mapping[int, int], rounds: int) -> list[tuple[int, int, int]]:
+    """Size, number among those of its size, and first request of every batch; the sizes in turn, so that a run that is
+    stopped early has some of each."""
+    of_sizes = [
+        [(size, turn, start) for turn, start in enumerate([*range(0, count, size)] * rounds)]
+        for size, count in batches.items()
+    ]
+    return [batch for together in itertools.zip_longest(*of_sizes) for batch in together if batch is not None]
 
 
 def _takes(peer: Peer, size: int, limit: int | None, start: int) -> bool:

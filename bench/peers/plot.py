@@ -47,13 +47,16 @@ def draw(results: Results, batch: str, panel: Any) -> None:
         for (name, _), place in zip(shown, zip(x, y, strict=True), strict=True):
             if len(shown) > 1:
                 panel.annotate(
-                    name.split(", ")[-1].removeprefix("best of "),
+                    name.split(", ")[-1].removeprefix("best of ").split()[0],
                     place,
                     fontsize=7,
                     textcoords="offset points",
                     xytext=(3, 3),
                 )
     panel.set(title=batch, xlabel="seconds to the answer, median", xscale="log")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("{x:g}")
+    panel.tick_params(axis="x", which="both", labelsize=7)
     panel.grid(alpha=0.3, which="both")
 
 
@@ -68,7 +71,7 @@ def plot(results: Results, path: Path) -> None:
         draw(results, batch, panel)
     panels[0].set_ylabel("reward, mean with 95% interval")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -27,8 +27,7 @@ run on transformers' modules of the same weights, everything else on this engine
 request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. {same}
 
 *{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. What
-a draft can do for an answer is in the rows of few steps, and in *Aligner-style*, where the refiner reads it in its
-prompt, for which it was not trained."""
+a draft can do for an answer is in the rows of few steps, and in *Aligner-style*, where {corrector}."""
 
 FEWEST = 4
 """Prompts or batches that an interval is given for."""
@@ -125,10 +124,15 @@ def page(results: Results) -> str:
     same = "All answers that must have the same tokens have them." if not different else (
         f"Answers with other tokens than they must have: {different}."
     )  # fmt: skip
-    loads = results["loads"]
+    if results["left_out"]:
+        same += f" {results['left_out']} of the planned batches were not begun: the run's time was over."
+    models, loads = settings["models"], results["loads"]
+    corrector = "the refiner reads it in its prompt, for which it was not trained"
+    if models["corrector"]:
+        corrector = f"another refiner, {models['corrector']}, reads it in its prompt"
     of = {
-        **settings["models"], "prompts": settings["prompts"], "tokens": settings["tokens"], "dtype": settings["dtype"],
-        "rounds": settings["rounds"], "same": same, "converged": CONVERGED, "alone": REFINER,
+        **models, "corrector": corrector, **{name: settings[name] for name in ("prompts", "tokens", "dtype", "rounds")},
+        "same": same, "converged": CONVERGED, "alone": REFINER,
         "loads": ", ".join(f"{b} {min(loads[b]):.1f} to {max(loads[b]):.1f}" for b in figures.batches(results)),
         "temperature": settings["temperature"], "candidates": settings["candidates"],
     }  # fmt: skip

@@ -58,8 +58,8 @@ def test_peers_take_turns_and_get_what_they_can_take() -> None:
     results = small_run(log, record=lambda found: saved.append(json.dumps(found)))
     assert log == [
         "base 0 1 0", "refiner 0 1 1", "DiffPO 0 1 1", "best 0 1 1",
-        "base 1 1 0", "DiffPO 1 1 1", "best 1 1 1", "refiner 1 1 1",  # the order has moved on by one
         "base 0 2 0", "refiner 0 2 2", "DiffPO 0 2 2",  # "best" takes one at a time
+        "base 1 1 0", "DiffPO 1 1 1", "best 1 1 1", "refiner 1 1 1",  # the order has moved on by one
         "base 2 2 0", "refiner 2 2 2",  # DiffPO may have three prompts
     ]  # fmt: skip
     assert len(saved) == 4
@@ -75,6 +75,9 @@ def test_peers_take_turns_and_get_what_they_can_take() -> None:
     assert (found["token_forwards"], found["sequential_steps"], found["reward_tokens"]) == ([9, 9], [4, 4], [2, 2])
     assert methods["best of 4"]["batch 1"]["same"] == [None, None]
     assert len(results["loads"]["batch 2"]) == 2
+    assert results["left_out"] == 0
+    late = small_run([], minutes=-1)
+    assert (late["methods"], late["left_out"]) == ({}, 4)
 
 
 def test_figures_are_of_pairs() -> None:
@@ -107,13 +110,16 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     assert "best of 4" not in latencies(results, "batch 2")
     results |= {
         "settings": {
-            "models": {"base": "b", "refiner": "r", "reward_model": "w"}, "prompts": 5, "tokens": 8, "rounds": 1,
-            "dtype": "float32", "temperature": 0.7, "candidates": 5,
+            "models": {"base": "b", "refiner": "r", "reward_model": "w", "corrector": None},
+            "prompts": 5, "tokens": 8, "rounds": 1, "dtype": "float32", "temperature": 0.7, "candidates": 5,
         }
     }  # fmt: skip
     text = page(results)
     assert "All answers that must have the same tokens have them." in text
     assert "| DiffPO, converged | best of 4 | 5 | -2.000 (-2.000 to -2.000) |" in text
+    assert "for which it was not trained" in text
+    results["settings"]["models"]["corrector"] = "c"
+    assert "another refiner, c, reads it in its prompt" in page(results)
     results["methods"][CONVERGED]["batch 1"]["same"][0] = False
     assert "Answers with other tokens than they must have: {'DiffPO, converged': 1}." in page(results)
     pytest.importorskip("matplotlib")

@@ -33,17 +33,17 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(reward_model: Path) -> Models:
-    with load(DEFAULT_CHECKPOINT, DEFAULT_CHECKPOINT, reward_model) as loaded:
+    with load(DEFAULT_CHECKPOINT, DEFAULT_CHECKPOINT, None, reward_model) as loaded:
         yield loaded
 
 
 def test_rewards_are_of_the_text_and_what_was_read_is_counted(models: Models, reward_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     model = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
-    request, codec = Request(prompt=TEXTS[0]), models.base._codec
+    request, codec = Request(prompt=TEXTS[0]), models.base.engine._codec
     texts = [tokenizer("Put it in water.")["input_ids"], tokenizer("Wait!")["input_ids"]]
-    before = models.scorer.tokens
-    found = models.scorer.score([request, request], texts)
+    before = models.base.scorer.tokens
+    found = models.base.scorer.score([request, request], texts)
     read = 0
     for ids, reward in zip(texts, found, strict=True):
         chat = [{"role": "user", "content": request.prompt}, {"role": "assistant", "content": codec.decode(ids)}]
@@ -53,9 +53,9 @@ def test_rewards_are_of_the_text_and_what_was_read_is_counted(models: Models, re
         with torch.no_grad():
             hidden = model.model(input_ids=torch.tensor([tokens])).last_hidden_state
             assert reward == pytest.approx(model.score(hidden)[0, -1, 0].item(), abs=1e-4)
-    assert models.scorer.tokens - before == read
+    assert models.base.scorer.tokens - before == read
     with pytest.raises(ValueError, match="cannot read so long"):
-        models.scorer.judge([request], [Answer(token_ids=[], text="word " * 100, cost=Cost())])
+        models.base.scorer.judge([request], [Answer(token_ids=[], text="word " * 100, cost=Cost())])
 
 
 def test_every_peer_answers_and_the_lossless_ones_agree(models: Models) -> None:
@@ -63,7 +63,7 @@ def test_every_peer_answers_and_the_lossless_ones_agree(models: Models) -> None:
     made = peers(models, settings)
     requests = [Request(prompt=text, seed=number) for number, text in enumerate(TEXTS)]
     results = measure(
-        BaseModel(models.base, TOKENS), made, requests, models.scorer,
+        BaseModel(models.base.engine, TOKENS), made, requests, models.base.scorer,
         batches={1: 1, 3: 3}, rounds=1, limits={}, record=lambda results: None,
     )  # fmt: skip
     methods = results["methods"]
