@@ -19,6 +19,7 @@ limit=96 prompts=240 batch=4 device=cpu
 [ "$quick" ] && { limit=24 prompts=8 results=$folder/paper_tables.json; }
 # Threads that spin while they wait for each other cost most of the time where the cores are shared.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+[ "$gpu" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$folder"
 
 stage() {
@@ -33,13 +34,6 @@ stage() {
 [ -e "$folder/lm/model.safetensors" ] || stage convert $paper.models --out "$folder/lm" ${MODEL:+--from "$MODEL"}
 [ -e "$folder/data/train.jsonl" ] || stage data $paper.data --responses "$responses" --tokenizer "$folder/lm" \
     --out "$folder/data" --limit $limit --prompts $prompts
-# Beside the training of language models, which does not need it: neither keeps two cores busy by itself.
-reward() {
-    [ -e "$folder/reward/model.safetensors" ] || stage "reward model" $paper.reward --data "$folder/data" \
-        --out "$folder/reward" --results "$results" --device $device ${quick:+--epochs 1 --prompts 8}
-}
-reward &
-reward_model=$!
 
 # 2. Training: the same prompts once, the same batches and adapters for every method.
 refiner() {
@@ -54,37 +48,54 @@ preference() {
         stage "train $1" $paper.preference "$1" --model "$folder/lm" --data "$folder/data/train.jsonl" \
             --out "$folder/$1" --results "$results" --batch-size $batch --device $device ${quick:+--steps 2}
 }
-answers() {
-    stage "answers $1" $paper.answers --folder "$folder" --limit $limit --device $device ${quick:+--prompts 4}
-}
-# The paper's omega of 1e3, with the mean of the KL over positions and vocabulary: per token it is 1e3 / 49152 = 0.02. A mean over
-# positions alone is tried below, and leaves nothing of the language model.
+# The paper's omega of 1e3, with the mean of the KL over positions and vocabulary: per token it is 1e3 / 49152 = 0.02. omega-1 and
+# omega-1000 have the mean over positions alone.
 paper_omega="omega=1000 kl_normalization=vocabulary"
-# shellcheck disable=SC2086 # two words
-refiner diffpo lm train $paper_omega
-refiner ar lm train omega=0 drafts=0
-preference dpo
-preference simpo
-# shellcheck disable=SC2086
-refiner shown lm conditioned $paper_omega
-answers main
-
-# 3. Other omegas, and fewer layers.
-refiner omega-1 lm train omega=1
-refiner omega-1000 lm train omega=1000
-for layers in 20 10; do
-    [ -e "$folder/pruned-$layers/model.safetensors" ] ||
-        stage "prune $layers" $paper.models --prune "$folder/lm" --layers $layers --out "$folder/pruned-$layers"
+aligned() {
+    # shellcheck disable=SC2086 # two words
+    refiner diffpo lm train $paper_omega
+    refiner ar lm train omega=0 drafts=0
+    preference dpo
+    preference simpo
     # shellcheck disable=SC2086
-    refiner layers-$layers pruned-$layers train $paper_omega
-done
-answers sizes
+    refiner shown lm conditioned $paper_omega
+}
+others() {
+    [ -e "$folder/reward/model.safetensors" ] || stage "reward model" $paper.reward --data "$folder/data" \
+        --out "$folder/reward" --results "$results" --device $device ${quick:+--epochs 1 --prompts 8}
+    for layers in 20 10; do
+        [ -e "$folder/pruned-$layers/model.safetensors" ] ||
+            stage "prune $layers" $paper.models --prune "$folder/lm" --layers $layers --out "$folder/pruned-$layers"
+        # shellcheck disable=SC2086
+        refiner layers-$layers pruned-$layers train $paper_omega
+    done
+    refiner omega-1 lm train omega=1
+    refiner omega-1000 lm train omega=1000
+}
+steps() {
+    for name in lm ar diffpo omega-1 omega-1000; do
+        stage "steps $name" $paper.steps "$name" --folder "$folder" --results "$results" --limit $limit --device $device \
+            ${quick:+--prompts 4}
+    done
+}
+# Side by side: with one thread each they make more of two cores than one after the other with two. On a GPU one after the other.
+both() {
+    if [ "$gpu" ]; then
+        "$1"
+        "$2"
+    else
+        "$1" &
+        first=$!
+        "$2"
+        wait $first
+    fi
+}
+answered() {
+    stage answers $paper.answers --folder "$folder" --limit $limit --device $device ${quick:+--prompts 4}
+    stage measure $paper.measure --folder "$folder" --results "$results" --device $device
+}
+both others aligned
 
-# 4. Figures and tables.
-wait $reward_model
-stage measure $paper.measure --folder "$folder" --results "$results" --device $device
-for name in lm ar diffpo omega-1 omega-1000; do
-    stage "steps $name" $paper.steps "$name" --folder "$folder" --results "$results" --limit $limit --device $device \
-        ${quick:+--prompts 4}
-done
+# 3. Answers, figures and tables.
+both steps answered
 "$python" -m $paper.table --results "$results"

@@ -46,7 +46,11 @@ def rows(count: int) -> list[dict[str, Any]]:
     made = []
     for number in range(count):
         responses = [
-            {"model": name, "text": " ".join(rng.choices(WORDS, k=4 + 6 * place)), "reward": place / 7 + rng.random() / 10}
+            {
+                "model": name,
+                "text": " ".join(rng.choices(WORDS, k=4 + 6 * place)),
+                "reward": place / 7 + rng.random() / 10,
+            }
             for place, name in enumerate(REAL)
         ]
         made.append({"prompt_id": f"p{number}", "prompt": f"Question {number}?", "responses": responses})
@@ -208,7 +212,9 @@ def test_pairs_know_lengths_authors_and_whether_the_best_author_is_one() -> None
         def score(self, pending: Sequence[Any]) -> list[float]:
             return [float(len(response.text)) for _, response in pending]
 
-    known = [{"responses": [{"model": "x", "reward": 0.9}, {"model": "y", "reward": 0.1}, {"model": "z", "reward": 0.5}]}]
+    known = [
+        {"responses": [{"model": "x", "reward": 0.9}, {"model": "y", "reward": 0.1}, {"model": "z", "reward": 0.5}]}
+    ]
     texts = {"x": ("abc", 0.2), "y": ("abcde", 0.4), "z": ("ab", 0.4)}
     held_out = [{"prompt": "?", "responses": [{"model": m, "text": t, "reward": r} for m, (t, r) in texts.items()]}]
     columns = reward.pairs(held_out, known, Longest())  # type: ignore[arg-type]
@@ -300,7 +306,9 @@ def test_fluency_is_the_models_own_loss_of_the_answer() -> None:
     fluency = Fluency(Path(DEFAULT_CHECKPOINT))
     tokenizer = fluency.tokenizer
     chat = [{"role": "user", "content": "Question?"}]
-    head = tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), add_special_tokens=False)
+    head = tokenizer(
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), add_special_tokens=False
+    )
     ids = head["input_ids"] + tokenizer("the draft of an answer", add_special_tokens=False)["input_ids"]
     labels = torch.tensor([[-100] * len(head["input_ids"]) + ids[len(head["input_ids"]) :]])
     with torch.no_grad():
