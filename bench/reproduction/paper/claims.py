@@ -38,6 +38,13 @@ def claims(sets: Mapping[str, Answers]) -> Iterator[list[str]]:
         for way, name in REFINED:
             yield [f"base + DiffPO ({way}) above {ALIGNED.get(other, other)}", paper,
                    *compared(sets, name.format("base"), other)]  # fmt: skip
+    yield [
+        "DiffPO above plain fine-tuning on the same responses (converged)",
+        "not compared",
+        *compared(sets, "diffpo", "ar"),
+    ]
+    later = ("base + diffpo, 4 steps", "base + ar, 4 steps")
+    yield ["DiffPO above plain fine-tuning on the same responses (4 steps)", "not compared", *compared(sets, *later)]
     for way, name in REFINED:
         yield [f"one refiner improves every base ({way})", "all of 8", *counted(sets, name)]
     for smaller, larger in (("layers-10", "layers-20"), ("layers-20", "diffpo")):

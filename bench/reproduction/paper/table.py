@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.measure import RESULTS
 from bench.reproduction.paper.answers import OWN, REAL, STEPS
-from bench.reproduction.paper.claims import claims
+from bench.reproduction.paper.claims import ALIGNED, claims
 from bench.reproduction.paper.compare import Answers, difference, length_controlled, mean, percent, shown, wins
 from bench.reproduction.table import controls, differences, markdown, overview, similarities
 
@@ -206,6 +206,35 @@ def cost(sets: Sets) -> str:
     return markdown(["answers", "tokens", "sequential steps", "tokens fed to the model", "ended by themselves"], rows)
 
 
+def training(results: dict[str, Any]) -> str:
+    """How every model was trained, and what trl says of its pairs."""
+    head = [
+        "run",
+        "omega",
+        "mean of the KL over",
+        "steps",
+        "batch",
+        "learning rate",
+        "AR loss, first steps",
+        "last steps",
+    ]
+    rows = []
+    for run, trained in results.get("training", {}).items():
+        used, curve = trained["settings"], trained["curve"]
+        mean_over = "–" if not used["omega"] else used["kl_normalization"]
+        shown_settings = [str(curve["step"][-1]), str(used["batch_size"]), f"{used['lr']:g}"]
+        losses = [f"{curve['ar'][0]:.2f}", f"{np.mean(curve['ar'][-3:]):.2f}"]
+        rows.append([run, f"{used['omega']:g}", mean_over, *shown_settings, *losses])
+    table = markdown(head, rows)
+    pairs = []
+    for method, log in results.get("preference", {}).items():
+        accuracy, margin = (np.mean([e[f"rewards/{n}"] for e in log[-3:]]) for n in ("accuracies", "margins"))
+        pairs.append(
+            [ALIGNED[method], f"{log[0]['loss']:.3f}", f"{log[-1]['loss']:.3f}", f"{accuracy:.2f}", f"{margin:.2f}"]
+        )
+    return table + "\n" + markdown(["trl", "loss, first steps", "last steps", "pairs ranked right", "margin"], pairs)
+
+
 def seconds(results: dict[str, Any]) -> str:
     """Of every stage."""
     rows = [[name, str(used["processor"]), str(used["clock"])] for name, used in results.get("seconds", {}).items()]
@@ -239,6 +268,7 @@ def report(results: dict[str, Any], reading: str = "") -> str:
         ("The same in the paper: LC win rate behind Llama-3-8B", paper_table(["refiner", "LC win rate"], PAPER_SIZES)),
         ("What the draft is good for", drafts(sets)),
         ("Work per answer", cost(sets)),
+        ("Training", training(results)),
     ]
     if steps:
         parts.append(("Jacobi iteration: losses and steps by omega", overview(steps, "plain")))
