@@ -65,7 +65,7 @@ aligned() {
 others() {
     [ -e "$folder/reward/model.safetensors" ] || stage "reward model" $paper.reward --data "$folder/data" \
         --out "$folder/reward" --results "$results" --device $device ${quick:+--epochs 1 --prompts 8}
-    for layers in 20 10; do
+    for layers in 24 18; do
         [ -e "$folder/pruned-$layers/model.safetensors" ] ||
             stage "prune $layers" $paper.models --prune "$folder/lm" --layers $layers --out "$folder/pruned-$layers"
         # shellcheck disable=SC2086

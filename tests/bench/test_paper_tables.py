@@ -123,14 +123,15 @@ def test_a_pruned_model_is_the_whole_one_without_the_layers(tmp_path: Path) -> N
     count = whole.config.num_hidden_layers
     keep = count - 2
     prune(Path(DEFAULT_CHECKPOINT), keep, tmp_path)
-    whole.model.layers = torch.nn.ModuleList([*whole.model.layers[: keep - 1], whole.model.layers[-1]])
+    whole.model.layers = torch.nn.ModuleList([whole.model.layers[place] for place in kept_layers(count, keep)])
     ids = torch.arange(10, 30)[None]
     with torch.no_grad():
         expected = whole(input_ids=ids, use_cache=False).logits
         pruned = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         assert pruned.config.num_hidden_layers == keep
         torch.testing.assert_close(pruned(input_ids=ids, use_cache=False).logits, expected, rtol=0, atol=0)
-    assert kept_layers(30, 4) == [0, 1, 2, 29]
+    assert kept_layers(30, 24) == [*range(14), *range(20, 30)]  # the block in the function's words
+    assert kept_layers(30, 30) == list(range(30))
     with pytest.raises(ValueError, match="2 to 30, got 31"):
         kept_layers(30, 31)
 
@@ -346,7 +347,7 @@ def test_claims_about_every_base_need_every_base() -> None:
     verdicts = {row[0]: row[-1] for row in claims(sets)}
     assert verdicts["base + DiffPO (draft shown) above DPO"] == FAILS  # 0.65 against 0.7
     assert verdicts["adds on top of DPO (draft shown)"] == HOLDS
-    assert verdicts["a larger refiner is better: layers-20 above layers-10"] == ABSENT
+    assert verdicts["a larger refiner is better: layers-24 above layers-18"] == ABSENT
 
 
 def test_sections_are_kept_beside_each_other(tmp_path: Path) -> None:

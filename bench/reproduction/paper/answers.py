@@ -65,7 +65,7 @@ def plans() -> Iterator[Plan]:
     yield Plan("base + ar, 4 steps", "ar", "base", steps=4)
     for base in ("base", "alpaca-7b", "FuseChat-Llama-3.1-8B-Instruct"):
         yield Plan(f"{base} + diffpo, converged", "diffpo", base)
-    for layers in (20, 10):
+    for layers in (24, 18):
         yield Plan(f"layers-{layers}", f"layers-{layers}")
         yield Plan(f"base + layers-{layers}, 4 steps", f"layers-{layers}", "base", steps=4)
     yield Plan("base + shipped, shown", SHIPPED, "base", condition=True)

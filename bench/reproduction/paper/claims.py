@@ -47,7 +47,7 @@ def claims(sets: Mapping[str, Answers]) -> Iterator[list[str]]:
     yield ["DiffPO above plain fine-tuning on the same responses (4 steps)", "not compared", *compared(sets, *later)]
     for way, name in REFINED:
         yield [f"one refiner improves every base ({way})", "all of 8", *counted(sets, name)]
-    for smaller, larger in (("layers-10", "layers-20"), ("layers-20", "diffpo")):
+    for smaller, larger in (("layers-18", "layers-24"), ("layers-24", "diffpo")):
         yield [f"a larger refiner is better: {larger} above {smaller}", "8B 36.44, 9B 55.84; 2B far weaker",
                *compared(sets, larger, smaller)]  # fmt: skip
     for base in ("dpo", "simpo"):

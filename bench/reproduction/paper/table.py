@@ -157,7 +157,7 @@ def sizes(results: dict[str, Any], sets: Sets) -> str:
         "nats, alone",
     ]
     rows = []
-    for text, name in (("135M, 30 layers", "diffpo"), ("20 of them", "layers-20"), ("10 of them", "layers-10")):
+    for text, name in (("135M, 30 layers", "diffpo"), ("24 of them", "layers-24"), ("18 of them", "layers-18")):
         if name not in sets:
             continue
         curve = results.get("training", {}).get(name, {}).get("curve")
