@@ -76,8 +76,12 @@ others() {
 }
 steps() {
     for name in lm ar diffpo omega-1 omega-1000; do
-        stage "steps $name" $paper.steps "$name" --folder "$folder" --results "$results" --limit $limit --device $device \
-            ${quick:+--prompts 4}
+        controls=
+        case $name in ar | diffpo) controls=--controls ;; esac
+        [ -e "$folder/$name.steps" ] ||
+            stage "steps $name" $paper.steps "$name" --folder "$folder" --results "$results" --limit $limit --device $device \
+                $controls ${quick:+--prompts 4}
+        touch "$folder/$name.steps"
     done
 }
 # Side by side: with one thread each they make more of two cores than one after the other with two. On a GPU one after the other.

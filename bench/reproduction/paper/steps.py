@@ -39,13 +39,13 @@ def judge(refiner: Refiner, tokenizer: Any, cases: Sequence[Case], tokens: int) 
     return measured
 
 
-def measure(folder: Path, data: Path, tokens: int, device: str, prompts: int | None) -> dict[str, Any]:
-    """Of one checkpoint: held-out losses, and the iteration by control."""
+def measure(folder: Path, data: Path, tokens: int, device: str, *, others: bool, prompts: int | None) -> dict[str, Any]:
+    """Of one checkpoint: held-out losses, and the iteration; ``others``: from the drafts of controls as well."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cases = [case for case in ranked_cases(data, tokenizer) if prompts is None or case.prompt < prompts]
     with Refiner.from_pretrained(folder, device=device, max_batch_tokens=2048) as refiner:
         sets = {}
-        for control in CONTROLS:
+        for control in CONTROLS if others else CONTROLS[:1]:
             chosen = spread(cases, 1, every=EVERY[control] if prompts is None else 1)
             sets[control] = judge(refiner, tokenizer, controlled(chosen, control, len(tokenizer), tokens), tokens)
     return {"losses": {"plain": losses(folder, data, prompts or 20)}, "sets": {"plain": sets}}
@@ -58,13 +58,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of paper.sh")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--limit", type=int, required=True, help="tokens of a response in the data")
+    parser.add_argument(
+        "--controls", action="store_true", help="also from drafts of other prompts, random ones and none"
+    )
     parser.add_argument("--prompts", type=int, help="on so many alone")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     run = args.folder / args.name
     checkpoint = run if args.name == "lm" else run / "model"
     tokens = min(TOKENS, args.limit)
-    measured = measure(checkpoint, args.folder / "data/held_out.jsonl", tokens, args.device, args.prompts)
+    data = args.folder / "data/held_out.jsonl"
+    measured = measure(checkpoint, data, tokens, args.device, others=args.controls, prompts=args.prompts)
     update(args.results, f"steps/{args.name}", measured)
 
 
