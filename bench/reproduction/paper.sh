@@ -60,7 +60,7 @@ aligned() {
     preference dpo
     preference simpo
     # shellcheck disable=SC2086
-    refiner shown lm conditioned $paper_omega
+    refiner shown lm conditioned $paper_omega steps=30 # half of the prompts, to stay within the time
 }
 others() {
     [ -e "$folder/reward/model.safetensors" ] || stage "reward model" $paper.reward --data "$folder/data" \
