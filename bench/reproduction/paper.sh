@@ -71,8 +71,8 @@ others() {
         # shellcheck disable=SC2086
         refiner layers-$layers pruned-$layers train $paper_omega
     done
-    refiner omega-1000 lm train omega=1000 steps=30 # what it leads to is reached by then
-    refiner omega-1 lm train omega=1
+    refiner omega-1000 lm train omega=1000 steps=30 # where it leads to is reached by then
+    refiner omega-1 lm train omega=1 steps=30
 }
 steps() {
     for name in lm ar diffpo omega-1 omega-1000; do
