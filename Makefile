@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 TYPES := build/types
 
 .DEFAULT_GOAL := test
-.PHONY: .venv demo test lint types bench report clean
+.PHONY: .venv demo test lint types bench bench-full report clean
 
 .venv: $(INSTALLED)
 
@@ -41,8 +41,15 @@ types: $(INSTALLED)
 	ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(TYPES)/engine/
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p engine
 
+# Minutes: operations, training step, refinement, server. Compare two runs with: .venv/bin/python -m bench.compare OLD NEW
 bench: $(INSTALLED)
+	$(PY) -m bench.suite
+
+# About an hour: more and larger shapes, whole refinements against their peers, how cost grows.
+bench-full: $(INSTALLED)
+	$(PY) -m bench.suite --size full --out bench/results/suite_full.json
 	$(PY) -m bench.run
+	$(PY) -m bench.scaling
 
 # The results page, README's table and build/report.html, from the JSON files under bench/results/.
 report: $(INSTALLED)

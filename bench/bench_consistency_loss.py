@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.consistency_states import exact_gradients, relative_error
 from bench.consistency_variants import OMEGA, SHAPES, Shape, eager, inputs, known_shapes, ours, step, variants
-from bench.measure import interleaved, machine, medians, ratio, save
+from bench.measure import interleaved, machine, medians, ratio, save, spread
 
 MB = 1 << 20
 DISTANCES = (0.3, 0.05, 0.01)
@@ -38,7 +38,7 @@ def times(shape: Shape, rounds: int) -> dict[str, Any]:
         "shape": [shape.rows, shape.d, shape.v],
         "rounds": rounds,
         "median_seconds": medians(seconds),
-        "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "spread": spread(seconds),
     }
     for name in (name for name in calls if name.startswith("ours")):
         out |= {f"{name}/{peer}": 1 / ratio(seconds, peer, name) for peer in ("eager", "compile")}

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.baselines import full_reforward_jacobi, greedy_generate
-from bench.measure import interleaved, medians, ratio
+from bench.measure import interleaved, medians, ratio, spread
 from engine import RefineOptions, Refiner, Result
 from engine.options import DEFAULT_CONDITION
 from engine.refiner import read_vocabulary
@@ -80,6 +80,7 @@ def against_generate(subject: Subject, rows: Rows, rounds: int) -> dict[str, Any
         "batch": len(rows),
         "answer_tokens": sum(map(len, answers)),
         "seconds": medians(seconds),
+        "spread": spread(seconds),
         "work": details,
         "faster_generate": faster,
         "ratio": {name: ratio(seconds, faster, name) for name in details},
@@ -102,6 +103,7 @@ def against_script(subject: Subject, rows: Rows, rounds: int) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "seconds": medians(seconds),
+        "spread": spread(seconds),
         "script_steps": steps,
         "work": work([subject.refine([row])[0] for row in rows]),
         "ratio": ratio(seconds, "script", "refine"),
@@ -129,6 +131,7 @@ def realignment(subject: Subject, rows: Rows, rounds: int, *, batched: bool) -> 
         "rows": len(rows),
         "identical": sum(a.token_ids == b.token_ids for a, b in zip(on, off, strict=True)),
         "seconds": medians(seconds),
+        "spread": spread(seconds),
         "work": {"realign_on": work(on), "realign_off": work(off)},
         "ratio": {name: ratio(seconds, name, "realign_on") for name in variants if name != "realign_on"},
     }

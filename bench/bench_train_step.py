@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bench.measure import interleaved, machine, medians, save
+from bench.measure import interleaved, machine, medians, save, spread
 from bench.train_step_loops import EOS, OMEGA, PAD, Chosen, consistency_llm, one_by_one, padded, shared_prompt
 from engine import Trajectory, TrajectoryCollator, train_step
 from engine.training import TrainBatch
@@ -186,7 +186,7 @@ def measure(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     return {
         **asdict(setting),
         "seconds": medians(seconds),
-        "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "spread": spread(seconds),
         "ratios": {ours: {name: quartiles(seconds[name], seconds[ours]) for name in PEERS} for ours in OURS},
         "gradients_from_padded": differences,
         "peak_megabytes": {name: peak_megabytes(args, setting, name) for name in steps},

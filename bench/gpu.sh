@@ -7,8 +7,9 @@
 #   bench/gpu.sh --dry-run            the same paths on a CPU: Triton's interpreter, tiny shapes
 #   PEER_WHEELS=folder bench/gpu.sh   with the wheels of liger-kernel, cut-cross-entropy and others found there
 #
-# Needs python3 (or $PYTHON) with torch, triton, transformers, pytest, pytest-xdist and hypothesis; installs nothing and builds
-# nothing. A stage that fails does not stop the others; the exit status is 1 if one did.
+# Needs python3 (or $PYTHON) with torch, triton, transformers, pytest, pytest-xdist and hypothesis, and the C compiler that Triton
+# builds its launcher with ($CC, clang or gcc); installs nothing and builds nothing itself. A stage that fails does not stop the others; the exit
+# status is 1 if one did.
 set -u -o pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export OUT=${OUT:-$root/bench/results}
@@ -84,7 +85,8 @@ else
     cases=(-n "${JOBS:-12}")
 fi
 if wanted tests; then
-    stage tests "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/engine/*_gpu_cases.py
+    stage tests "${pytest[@]}" "${cases[@]}" tests/kernels/*_triton_*cases.py tests/kernels/test_flash_attention.py \
+        tests/engine/*_gpu_cases.py
 fi
 if wanted sanitizer; then
     if [ "$dry" ] || ! command -v compute-sanitizer >/dev/null; then

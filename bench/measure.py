@@ -45,6 +45,11 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def spread(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The shortest and the longest call."""
+    return {name: [min(values), max(values)] for name, values in seconds.items()}
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to know of where the figures come from, and how to get them again."""
     return {
@@ -92,9 +97,7 @@ def commit() -> str | None:
 
     try:
         found = git("rev-parse", "--short=12", "HEAD")
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", ":/", f":(exclude,top){RESULTS.parent.name}/results"
-        )
+        changed = git("status", "--porcelain", ":/", f":(exclude,top){RESULTS.parent.name}/results")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{found}-dirty" if changed else found

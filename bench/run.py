@@ -1,4 +1,4 @@
-"""`make bench`: all CPU measurements in one run, as a table and as bench/results/cpu.json.
+"""Whole refinements against generate, prompt lookup and the public script, and forward passes, as bench/results/cpu.json.
 
 python -m bench.run [--drafts FILE.jsonl] [--only forward,script,generate,realign] [--quick]
 """

@@ -29,6 +29,7 @@ from engine.kernels import (
     linear_sample,
 )
 from engine.kernels.jacobi_state import LONGEST_TEXT
+from engine.kernels.triton_choice import reason_against_triton
 from engine.kv_cache import KVCache, pages_for
 from engine.loop_slot import Reading, conclude, fill, read_text, reserved_rows, show
 from engine.model import CausalModel
@@ -45,11 +46,13 @@ _ROW_COUNTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
 def choose_loop(
     model: CausalModel, cache: KVCache, vocabulary: Vocabulary, knee: int, max_batch_tokens: int, max_batch_size: int
 ) -> "DeviceLoop | None":
-    """The loop for this model, None where the host moves every sequence: on CPUs and through transformers' modules.
+    """The loop for this model, None where the host moves every sequence: on CPUs, through transformers' modules, and where
+    no kernels can be launched, whose PyTorch references ask the device for values, which nothing captured may.
 
     ``DIFFPO_LOOP`` forces ``host``, ``device`` (no CUDA graphs; on any device) or ``graphs``.
     """
-    default = "graphs" if model.device.type == "cuda" and model.takes_padding else "host"
+    kernels = model.device.type == "cuda" and reason_against_triton(model.head.weight.data) is None
+    default = "graphs" if kernels and model.takes_padding else "host"
     choice = os.environ.get("DIFFPO_LOOP") or default
     if choice not in ("host", "device", "graphs"):
         raise ValueError(f'DIFFPO_LOOP must be "host", "device" or "graphs", got {choice!r}')
@@ -127,7 +130,7 @@ class DeviceLoop:
         self._slot_counts = slot_counts(slots)
         self._end = min(model.max_positions, cache.pool.size * PAGE_SIZE)
         places = 1 + min(LONGEST_ANSWER, self._end)
-        self.state = JacobiState.allocate(slots, places, pages_for(self._end), model.device)
+        self.state = JacobiState.allocate(slots, places, cache.pool.rounded(pages_for(self._end)), model.device)
         self._rows = PackedRows.allocate(max_batch_tokens, slots, model.device)
         self._noise = NoiseRows.allocate(max_batch_tokens, model.device)
         self._eos = torch.tensor(sorted(vocabulary.eos) or [-1], dtype=torch.int32, device=model.device)

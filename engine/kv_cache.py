@@ -8,37 +8,51 @@ from torch import Tensor
 
 from engine.errors import OutOfMemory
 from engine.kernels import PAGE_SIZE, KVLayout, kv_cache_shapes
+from engine.kernels.flash_attention import PAGES_PER_RUN
 
 
 class PagePool:
-    """Hands out page numbers 0 .. size - 1; every page is free or has exactly one owner."""
+    """Hands out page numbers 0 .. size - 1; every page is free or has exactly one owner.
 
-    def __init__(self, size: int) -> None:
+    ``run`` divides ``size``: pages come in whole runs of as many, each starting at a multiple of it.
+    """
+
+    def __init__(self, size: int, run: int = 1) -> None:
+        assert size % run == 0
         self.size = size
-        self._free = list(range(size - 1, -1, -1))
+        self.run = run
+        self._free = list(range(size // run - 1, -1, -1))  # runs
 
     @property
     def free_count(self) -> int:
-        return len(self._free)
+        return len(self._free) * self.run
+
+    def rounded(self, count: int) -> int:
+        """Pages handed out for ``count`` that are asked for."""
+        return -(-count // self.run) * self.run
 
     def allocate(self, count: int) -> list[int] | None:
-        """``count`` pages, or None where fewer are free."""
-        if count > len(self._free):
+        """``count`` pages, rounded up to whole runs; None where fewer are free."""
+        runs = self.rounded(count) // self.run
+        if runs > len(self._free):
             return None
-        pages = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return pages
+        taken = self._free[len(self._free) - runs :]
+        del self._free[len(self._free) - runs :]
+        return self._pages(taken)
 
     def release(self, pages: list[int]) -> None:
-        self._free.extend(pages)
+        self._free.extend(page // self.run for page in pages[:: self.run])
 
     def check_integrity(self, owned: list[list[int]]) -> None:
         """Raises AssertionError unless free and owned pages are together every page exactly once."""
-        pages = self._free + [page for owner in owned for page in owner]
+        pages = self._pages(self._free) + [page for owner in owned for page in owner]
         if sorted(pages) != list(range(self.size)):
             lost = sorted(set(range(self.size)) - set(pages))
             shared = sorted({page for page in pages if pages.count(page) > 1})
             raise AssertionError(f"page pool of {self.size}: lost {lost}, shared {shared}, held {len(pages)}")
+
+    def _pages(self, runs: list[int]) -> list[int]:
+        return [run * self.run + page for run in runs for page in range(self.run)]
 
 
 def pages_for(positions: int) -> int:
@@ -58,9 +72,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         layout: KVLayout | None = None,
+        flash_rows: int | None = None,
     ) -> None:
-        """``layout``: by default what the device's own kernels read."""
-        self.pool = PagePool(pages)
+        """``layout``: by default what the device's own kernels read. ``flash_rows``: rows per sequence from which attention is
+        flash-attn's, whose pages come in runs; None: never."""
+        run = 1 if flash_rows is None else PAGES_PER_RUN
+        pages = -(-pages // run) * run
+        self.flash_rows = flash_rows
+        self.pool = PagePool(pages, run)
         self.layout: KVLayout = layout or ("panels" if device.type == "cpu" else "nhd")
         k_shape, v_shape = kv_cache_shapes(pages, kv_heads, head_dim, self.layout)
         self.k = _zeros((layers, *k_shape), dtype, device).unbind(0)

@@ -22,6 +22,7 @@ from engine.kernels import (
     rms_norm,
     rope_kv_write,
 )
+from engine.kernels.flash_attention import FlashIndices, flash_indices, rows_for_flash
 from engine.kv_cache import KVCache
 from engine.weights import Checkpoint, TensorSource, WeightSource
 
@@ -95,6 +96,9 @@ class Decoder:
         self.compute_dtype = compute_dtype
         self.embedding_scale = torch.tensor(spec.embedding_scale).to(embed.data.dtype).item()
         self.rotation = torch.empty(0, spec.head_dim, device=self.device)
+        self._outgrown: list[
+            Tensor
+        ] = []  # tables that graphs captured before may still read; together less than twice this one
 
     @classmethod
     def load(cls, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> "Decoder":
@@ -136,17 +140,24 @@ class Decoder:
 
     def new_cache(self, pages: int) -> KVCache:
         spec = self.spec
-        return KVCache(spec.layers, pages, spec.kv_heads, spec.head_dim, self.compute_dtype, self.device)
+        flash_rows = rows_for_flash(self.device, self.compute_dtype, spec.head_dim)
+        return KVCache(
+            spec.layers, pages, spec.kv_heads, spec.head_dim, self.compute_dtype, self.device, flash_rows=flash_rows
+        )
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
         self._extend_rotation(batch.end)
+        flash = None
+        if cache.flash_rows is not None:
+            sequences = (batch.block_table, batch.row_start, batch.first_position)
+            flash = flash_indices(*sequences, cache.flash_rows)
         residual = embedding(batch.token_ids, self.embed, self.embedding_scale)
         # x: what the next normalisation adds to the residual stream first
         x: Tensor | None = None
         for index, layer in enumerate(self.layers):
             h = _norm(x, residual, layer.attention_norm, self.spec.eps)
-            h = self._attention(index, layer, h, batch, cache)
+            h = self._attention(index, layer, h, batch, cache, flash)
             if index == len(self.layers) - 1 and batch.logit_rows is not None:
                 # nobody reads what other rows hold behind their last K/V
                 h, residual = h[batch.logit_rows], residual[batch.logit_rows]
@@ -161,7 +172,9 @@ class Decoder:
         assert x is not None
         return rms_norm(x, self.norm, self.spec.eps, residual=residual)
 
-    def _attention(self, index: int, layer: Layer, h: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
+    def _attention(
+        self, index: int, layer: Layer, h: Tensor, batch: StepBatch, cache: KVCache, flash: FlashIndices | None
+    ) -> Tensor:
         spec = self.spec
         qkv = linear(h, layer.qkv, layer.qkv_bias)
         rope_kv_write(
@@ -171,7 +184,7 @@ class Decoder:
         return paged_attention(
             qkv, cache.k[index], cache.v[index], batch.block_table, batch.row_start, batch.first_position,
             heads=spec.heads, scale=spec.attention_scale, softcap=spec.attention_softcap,
-            window=spec.layer_windows[index], layout=cache.layout, longest=batch.end,
+            window=spec.layer_windows[index], layout=cache.layout, longest=batch.end, flash=flash,
         )  # fmt: skip
 
     def _extend_rotation(self, positions: int) -> None:
@@ -181,6 +194,7 @@ class Decoder:
         size = min(self.max_positions, max(256, positions, 2 * self.rotation.shape[0]))
         inv_freq = self.spec.inv_freq.to(self.device)
         angle = torch.arange(size, device=self.device)[:, None].float() * inv_freq
+        self._outgrown.append(self.rotation)
         self.rotation = torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 

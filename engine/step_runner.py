@@ -77,8 +77,12 @@ class CudaRecorder:
 
     def capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        # A capture that fails leaves its stream the current one: what comes next would go there, behind nothing. The outer
+        # context also makes the device the current one, which is the one that torch.cuda.graph waits for.
+        current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
         # Only this thread's calls can spoil the capture: another may be using the GPU in the same process.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with current, recording:
             step()
         return graph
 

@@ -8,7 +8,7 @@ from engine.kernels.jacobi_state import DECAY, MOST_GUESSES
 from engine.roofline import Roofline, measured
 
 CPU_KNEE_ROWS = 11
-"""Of two server cores in float32, see bench/bench_kernels.py."""
+"""Of two server cores in float32, see bench/suite/kernels.py."""
 KNEE_LIMITS = (16, 1024)
 """What a measurement on a GPU can make of it: one taken beside other work may be far off."""
 

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.kernels.flash_attention import PAGES_PER_RUN, FlashIndices, flash_attention, reason_against_flash
 from engine.kernels.native import Impl, choose, is_native_index, is_native_layout, new_output
 from engine.kernels.triton_choice import choose_triton
 
@@ -14,6 +15,11 @@ TRITON_REQUIREMENT = (
     'caches of layout "nhd" in the dtype of q, contiguous, with heads of at most 256 columns and at most 64 to a KV head '
     "(32 in float32 with more than 128 columns), contiguous int32 indices, all on one device and of shapes that belong "
     "together, a positive scale, and no gradient"
+)
+
+FLASH_REQUIREMENT = (
+    'flash_indices, caches of layout "nhd" in the dtype of q, contiguous, of whole runs of pages, with heads of a multiple of '
+    "8 columns and at most 256, all on one device, a positive scale, and no gradient"
 )
 
 KVLayout = Literal["panels", "nhd"]
@@ -48,7 +54,8 @@ def paged_attention(
     window: int = 0,
     longest: int | None = None,
     layout: KVLayout = "panels",
-    impl: Impl = "auto",
+    flash: FlashIndices | None = None,
+    impl: Impl | Literal["flash"] = "auto",
 ) -> Tensor:
     """Causal grouped-query attention of the packed rows of several sequences -> [t, heads * head_dim].
 
@@ -59,13 +66,18 @@ def paged_attention(
     where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``.
 
     ``longest``: about the most positions a sequence has, or will have where a captured graph is replayed; by default what
-    block_table has room for. The GPU's kernels divide their work by it, nothing else depends on it.
+    block_table has room for. The GPU's kernels divide their work by it, nothing else depends on it. ``flash``: the same
+    sequences for flash-attn, which with "auto" is taken where they say so (engine/kernels/flash_attention.py).
 
     With the C++ kernel a row's bits do not depend on the other rows; with Triton's not on other sequences, given all
-    shapes and ``longest`` (engine/kernels/gpu/paged_attention.py says more). flash-attn is not among the implementations:
-    version 2 wants pages of 256 positions, and version 3, which takes any, was not at hand to be compared.
+    shapes and ``longest`` (engine/kernels/gpu/paged_attention.py says more).
     """
     tensors = (q, k_cache, v_cache, block_table, row_start, first_position)
+    if _choose_flash(impl, *tensors, flash, heads, scale, layout):
+        assert flash is not None
+        most = block_table.shape[1] * PAGE_SIZE
+        return flash_attention(q, k_cache, v_cache, row_start, flash, heads, scale, softcap, window, longest or most)
+    assert impl != "flash"
     if choose_triton(impl, q, _fits_triton(*tensors, heads, scale, softcap, layout), TRITON_REQUIREMENT):
         from engine.kernels.gpu import paged_attention as gpu
 
@@ -132,6 +144,30 @@ def _reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[rows] = _weighted_sum(weights, v.float(), first).permute(2, 0, 1, 3).reshape(count, -1).to(q.dtype)
     return out
+
+
+def _choose_flash(
+    impl: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row_start: Tensor,
+    first_position: Tensor, flash: FlashIndices | None, heads: int, scale: float, layout: KVLayout,
+) -> bool:  # fmt: skip
+    """Whether to call flash-attn: where it is asked for, and by default where ``flash`` says that it is faster."""
+    sequences = block_table.shape[0]
+    if impl != "flash" and (impl != "auto" or flash is None or q.shape[0] < flash.least_rows * sequences):
+        return False
+    reason = reason_against_flash(q)
+    fits = (
+        flash is not None
+        and k_cache.shape[0] % PAGES_PER_RUN == 0
+        and k_cache.shape[-1] % 8 == 0
+        and flash.key_starts.shape == row_start.shape
+        and flash.block_table.shape[0] == sequences
+        and _fits_triton(q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, None, layout)
+    )
+    if reason is None and not fits:
+        reason = f"it needs {FLASH_REQUIREMENT}"
+    if reason and impl == "flash":
+        raise ValueError(f'impl="flash" cannot run here: {reason}; use impl="auto" or impl="torch"')
+    return reason is None
 
 
 def _fits_triton(

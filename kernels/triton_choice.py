@@ -2,12 +2,15 @@
 
 import functools
 import importlib
+import logging
 import os
 
 import torch
 from torch import Tensor
 
 from engine.kernels.native import Impl
+
+logger = logging.getLogger("engine.kernels")
 
 
 def reason_against_triton(tensor: Tensor) -> str | None:
@@ -28,6 +31,23 @@ def reason_against_triton(tensor: Tensor) -> str | None:
 
 @functools.cache
 def _unfit(device: torch.device) -> str | None:
+    """Why no kernel can run on this device; said once in the log, as what runs instead is several times slower."""
+    reason = _wrong_chip(device) or _cannot_launch()
+    if reason:
+        logger.warning("Triton kernels do not run on %s (%s): using PyTorch's operations instead", device, reason)
+    return reason
+
+
+def _cannot_launch() -> str | None:
+    """Triton builds what it launches with from C at the first use: without a compiler it imports, and then fails."""
+    try:
+        importlib.import_module("triton.runtime.driver").driver.active.get_current_device()
+    except Exception as error:
+        return f"Triton cannot be used here: {type(error).__name__}: {error}"
+    return None
+
+
+def _wrong_chip(device: torch.device) -> str | None:
     """Why kernels whose tiles were chosen for other chips' registers and shared memory cannot run on this one."""
     if torch.version.hip:
         return (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.gpu.case import Case
 from engine.kernels import PAGE_SIZE, paged_attention
+from engine.kernels.flash_attention import PAGES_PER_RUN, flash_indices
 from engine.kernels.native import Impl
 from engine.kernels.triton_choice import reason_against_triton
 
@@ -85,6 +86,8 @@ def case(work: Work, device: torch.device) -> Case:
         variants["torch.compile"] = functools.partial(torch.compile(dense), work, q, *unpaged(work, k, v, table))
         if not work.softcap and not work.window:
             variants["sdpa"] = functools.partial(sdpa, work, q, *unpaged(work, k, v, table))
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        variants["flash-attn 2"] = flash_attention_2(work, q, k, v, table, starts, first)
     if importlib.util.find_spec("flash_attn_interface") is not None:
         variants["flash-attn 3"] = functools.partial(flash_attention_3, work, q, k, v, table, starts, first)
     size, span = dtype.itemsize, work.sequences * work.keys * work.kv_heads * work.head_dim
@@ -143,10 +146,24 @@ def sdpa(work: Work, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return packed(F.scaled_dot_product_attention(queries(work, q), k, v, attn_mask=seen, enable_gqa=True))
 
 
+def flash_attention_2(
+    work: Work, q: Tensor, k: Tensor, v: Tensor, table: Tensor, starts: Tensor, first: Tensor
+) -> Callable[[], Tensor]:
+    """The same keys and values in runs of pages, as it needs them, one behind the other; what an engine makes once per step is
+    made here. Where it is the faster one is what FASTER_FROM in engine/kernels/flash_attention.py is for."""
+    missing = -table.shape[1] % PAGES_PER_RUN
+    k_runs, v_runs = (F.pad(cache[table.long()], (0,) * 7 + (missing,)).flatten(0, 1) for cache in (k, v))
+    pages = torch.arange(len(k_runs), device=q.device, dtype=torch.int32).view(work.sequences, -1)
+    return functools.partial(
+        paged_attention, q, k_runs, v_runs, pages, starts, first, heads=work.heads, scale=work.head_dim**-0.5,
+        softcap=work.softcap, window=work.window, layout="nhd", flash=flash_indices(pages, starts, first), impl="flash",
+    )  # fmt: skip
+
+
 def flash_attention_3(
     work: Work, q: Tensor, k: Tensor, v: Tensor, table: Tensor, starts: Tensor, first: Tensor
 ) -> Tensor:
-    """The version for Hopper, which takes pages of any size; version 2 refuses those that are no multiple of 256."""
+    """The version for Hopper, which takes pages of any size."""
     library = importlib.import_module("flash_attn_interface")
     out = library.flash_attn_with_kvcache(
         q.view(-1, work.heads, work.head_dim), k, v, cache_seqlens=first + work.rows, page_table=table,

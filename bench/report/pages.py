@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench.measure import RESULTS
-from bench.report import engine_tables, tables
+from bench.report import engine_tables, suite_tables, tables
 from bench.report.results import Results, about, listing
 from bench.reproduction import table as reproduction
 from engine.refiner import DEFAULT_CHECKPOINT
@@ -30,6 +30,10 @@ TABLES: dict[str, Make] = {
     "headlines": engine_tables.headlines,
     "refinement": of("cpu", engine_tables.refinement),
     "refinement-work": of("cpu", engine_tables.refinement_work),
+    "suite": of("suite", suite_tables.suite),
+    "suite-full": of("suite_full", suite_tables.suite),
+    "suite-slower": of("suite", suite_tables.slower),
+    "scaling": of("scaling", suite_tables.scaling),
     "consistency-loss": of("consistency_loss_cpu", tables.consistency_loss),
     "consistency-loss-sparse": of("consistency_loss_cpu", tables.sparse_loss),
     "consistency-loss-accuracy": of("consistency_loss_cpu", tables.accuracy),

@@ -1,7 +1,7 @@
 """Which files of bench/results/ the page shows, where, and what is known of how each came about."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,28 @@ class Source:
 
     section: str
     command: str
-    spread: str
+    spread: str | Callable[[Any], str]
     optional: bool = False
     """Whether the page is complete without it."""
 
 
+def _of_rounds(cpu: dict[str, Any]) -> str:
+    known = "spread" in cpu["shipped"]["generate_batch_1"]
+    return "shortest and longest round, in the file" if known else f"{NOT_RECORDED}: medians of rounds in turn"
+
+
 SOURCES: dict[str, Source] = {
-    "cpu": Source("Refinement", "python -m bench.run", "not recorded: medians of rounds in turn"),
+    "cpu": Source("Refinement", "python -m bench.run", _of_rounds),
+    "suite": Source(
+        "Operations, steps and requests",
+        "python -m bench.suite",
+        "median, least and most over the passes",
+        optional=True,
+    ),
+    "suite_full": Source(
+        "Operations, steps and requests", "make bench-full", "median, least and most over the passes", optional=True
+    ),
+    "scaling": Source("How cost grows", "python -m bench.scaling", "intervals from rounds drawn again", optional=True),
     "consistency_loss_cpu": Source(
         "Consistency loss", "python -m bench.bench_consistency_loss", "smallest and largest round, in the file"
     ),
@@ -38,7 +53,9 @@ SOURCES: dict[str, Source] = {
         "On a GPU", "bench/gpu.sh --stages loss", "all repetitions, in the file", optional=True
     ),
     "async": Source("Server", "python -m bench.bench_async", "percentiles over requests", optional=True),
-    "paper_tables": Source("The paper's tables", "python -m bench.paper_tables", "in the tables", optional=True),
+    "paper_tables": Source(
+        "The paper's tables", "python -m bench.reproduction.paper.table", "in the tables", optional=True
+    ),
     "peers": Source("Other systems", "python -m bench.peers", "in the tables", optional=True),
 }
 """By the name of the file, in the order of the page."""
@@ -95,7 +112,7 @@ def about(results: Results, name: str) -> str:
         "Hardware": of_all(hardware),
         "versions": of_all(versions),
         "load": of_all(loads),
-        "spread": source.spread,
+        "spread": source.spread if isinstance(source.spread, str) else source.spread(found),
         "command": command,
         "commit": of("commit"),
         "date": of("date"),

@@ -162,11 +162,12 @@ class Worker:
     def _let_in(self) -> None:
         """Fills the batch from the queue. Nobody overtakes one of the same or a higher priority, for lack of pages either."""
         scheduler = self._refiner._alive()
-        promised = sum(pages_for(sequence.longest) for sequence in scheduler.waiting)
+        pool = scheduler.cache.pool
+        promised = sum(pool.rounded(pages_for(sequence.longest)) for sequence in scheduler.waiting)
         while self._queues and scheduler.load < scheduler.max_batch_size:
             ticket = next(iter(self._queues[max(self._queues)]))
-            promised += pages_for(ticket.tokens)
-            if promised > scheduler.cache.pool.free_count:
+            promised += pool.rounded(pages_for(ticket.tokens))
+            if promised > pool.free_count:
                 return
             self._unqueue(ticket, served=True)
             ticket.started = self._clock()

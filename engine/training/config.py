@@ -177,6 +177,11 @@ def _contradictions(c: TrainConfig) -> Iterator[str]:
         yield f"{weighs} drafts=0: set omega=0 for plain fine-tuning, or drafts=1"
     if c.omega > 0 and c.responses == 1:
         yield f"{weighs} responses=1 keeps only the best: set omega=0 for plain fine-tuning, or responses=6"
+    if c.drafts >= c.responses > 1:
+        yield (
+            f"drafts={c.drafts} cannot be drawn from responses={c.responses}, one of which is the target: at most "
+            f"drafts={c.responses - 1}, or more responses"
+        )
     if c.eval_data is not None and c.held_out > 0:
         yield "eval_data and held_out both say what to evaluate on: give one of them"
     if c.steps is not None and c.epochs != 1.0:

@@ -72,8 +72,9 @@ def _several(
 def _add_build(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("files")
     text = (
-        "rows of prompt, instruction or messages; AlpacaEval's model outputs, UltraFeedback, HH-RLHF and trajectory files as "
-        "they are, with the responses they hold (.jsonl, .json, either gzipped, .parquet)"
+        "rows of prompt, instruction or messages; AlpacaEval's model outputs, UltraFeedback (completions, pairs, or SimPO's "
+        "scored samples), HH-RLHF and trajectory files as they are, with the responses they hold (.jsonl, .json, either "
+        "gzipped, .parquet)"
     )
     group.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=text)
     text = "existing responses to these prompts, in the same formats; those to other prompts are left out"
@@ -144,4 +145,4 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="trajectories")
     parser.add_argument("--json", action="store_true", help="figures as JSON")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw rewards by model and level (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw all of it (needs matplotlib)")

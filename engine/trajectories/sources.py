@@ -78,6 +78,8 @@ def parse_any(fields: Fields, *, pair_rewards: bool = False) -> TrajectoryRow:
     """A row of any of the formats, told apart by its fields. Raises InvalidTrajectory."""
     if "responses" in fields:
         return parse_row(fields)
+    if fields.get("all_generated_responses") is not None:
+        return _sampled(fields)
     if "chosen" in fields and "rejected" in fields:
         return _pair(fields, pair_rewards)
     if "completions" in fields:
@@ -112,7 +114,7 @@ def _without_answer(messages: Any) -> Any:
 def _row(fields: Fields, messages: list[dict[str, str]]) -> TrajectoryRow:
     """The row of a chat that ends with the user's turn."""
     single = len(messages) == 1 and messages[0]["role"] == "user"
-    prompt = messages[0]["content"] if single else _transcript(messages)
+    prompt = messages[0]["content"] if single else transcript(messages)
     if not prompt.strip():
         raise InvalidTrajectory("the prompt is empty: leave the row out")
     identity = next((fields[name] for name in ("prompt_id", "id") if fields.get(name) is not None), None)
@@ -122,7 +124,8 @@ def _row(fields: Fields, messages: list[dict[str, str]]) -> TrajectoryRow:
     )
 
 
-def _transcript(messages: list[dict[str, str]]) -> str:
+def transcript(messages: list[dict[str, str]]) -> str:
+    """A chat as one text, each turn behind its speaker's name."""
     return "\n\n".join(f"{_NAMES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages)
 
 
@@ -173,4 +176,24 @@ def _ultrafeedback(fields: Fields) -> TrajectoryRow:
                 reward=checked_reward(f"completions[{i}].overall_score", value.get("overall_score")),
             )
         )
+    return replace(_prompt(fields), responses=responses)
+
+
+def _sampled(fields: Fields) -> TrajectoryRow:
+    """UltraFeedback's prompts with all samples of one model and their ArmoRM scores, as SimPO's authors publish them; the pair
+    beside them is the best and the worst of these."""
+    texts, rewards = fields["all_generated_responses"], fields.get("all_rm_scores")
+    if not isinstance(texts, list):
+        raise InvalidTrajectory(f"all_generated_responses must be a list, got {type(texts).__name__}")
+    rewards = [None] * len(texts) if rewards is None else rewards
+    if not isinstance(rewards, list) or len(rewards) != len(texts):
+        raise InvalidTrajectory(f"all_rm_scores must be a list of {len(texts)} numbers, got {rewards!r:.80}")
+    responses = [
+        Response(
+            model=f"sample {i}",
+            text=checked_text(f"all_generated_responses[{i}]", text),
+            reward=checked_reward(f"all_rm_scores[{i}]", reward),
+        )
+        for i, (text, reward) in enumerate(zip(texts, rewards, strict=True))
+    ]
     return replace(_prompt(fields), responses=responses)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from engine.trajectories.schema import BadRow, Response, TrajectoryRow, without_repeats
@@ -16,6 +15,7 @@ class Sums:
     count: int = 0
     rewarded: int = 0
     reward: float = 0.0
+    reward_squares: float = 0.0
     length: int = 0
     wins: int = 0
 
@@ -26,35 +26,48 @@ class Sums:
         if response.reward is not None:
             self.rewarded += 1
             self.reward += response.reward
+            self.reward_squares += response.reward**2
 
     def figures(self) -> dict[str, float | int | None]:
         mean = self.reward / self.rewarded if self.rewarded else None
+        variance = None if mean is None else max(0.0, self.reward_squares / self.rewarded - mean**2)
         return {
             "responses": self.count,
             "rewarded": self.rewarded,
             "mean_reward": mean,
+            "reward_deviation": None if variance is None else math.sqrt(variance),
             "win_share": self.wins / self.rewarded if self.rewarded else None,
             "mean_length": self.length / self.count,
         }
 
 
 @dataclass(slots=True)
-class Moments:
-    """Of lengths and rewards, each less its mean within the prompt."""
+class LengthBias:
+    """What rewards have to do with lengths, each seen against its mean within the prompt."""
 
     xx: float = 0.0
     xy: float = 0.0
     yy: float = 0.0
+    bins: dict[float, list[float]] = field(default_factory=dict)
+    """Rewards less their means, as [count, sum], by length in shares of the mean: 2**(i / 2), each for what is nearest."""
 
     def add(self, lengths: list[int], rewards: list[float]) -> None:
         x_mean, y_mean = sum(lengths) / len(lengths), sum(rewards) / len(rewards)
         for length, reward in zip(lengths, rewards, strict=True):
             x, y = length - x_mean, reward - y_mean
             self.xx, self.xy, self.yy = self.xx + x * x, self.xy + x * y, self.yy + y * y
+            entry = self.bins.setdefault(round(2 * math.log2(length / x_mean)) / 2, [0, 0.0])
+            entry[0], entry[1] = entry[0] + 1, entry[1] + y
 
     @property
     def correlation(self) -> float | None:
         return self.xy / math.sqrt(self.xx * self.yy) if self.xx > 0 and self.yy > 0 else None
+
+    def figures(self) -> dict[str, dict[str, float | int]]:
+        return {
+            f"{2**power:.3g}": {"responses": int(count), "reward_above_prompt": total / count}
+            for power, (count, total) in sorted(self.bins.items())
+        }
 
 
 @dataclass(slots=True)
@@ -78,7 +91,7 @@ class Summary:
     longest_wins: int = 0
     """Prompts of two or more usable responses whose target is the longest."""
     compared: int = 0
-    moments: Moments = field(default_factory=Moments)
+    lengths: LengthBias = field(default_factory=LengthBias)
 
     @classmethod
     def of(cls, rows: Iterable[TrajectoryRow | BadRow]) -> "Summary":
@@ -110,7 +123,7 @@ class Summary:
         self.top_ties += rewards[-1] == rewards[-2]
         self.compared += 1
         self.longest_wins += lengths[-1] == max(lengths)
-        self.moments.add(lengths, rewards)
+        self.lengths.add(lengths, rewards)
 
     def figures(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -124,7 +137,8 @@ class Summary:
             "repeated_responses": self.repeated,
             "prompts_with_ties": self.ties,
             "prompts_with_tied_best": self.top_ties,
-            "length_reward_correlation": self.moments.correlation,
+            "length_reward_correlation": self.lengths.correlation,
+            "reward_by_length": self.lengths.figures(),
             "longest_is_best_share": self.longest_wins / self.compared if self.compared else None,
         }
 
@@ -140,7 +154,7 @@ class Summary:
             "",
             *_table("level", list(figures["levels"].items())),
             "",
-            f"length bias: correlation of length and reward within prompts {_number(self.moments.correlation)}; "
+            f"length bias: correlation of length and reward within prompts {_number(self.lengths.correlation)}; "
             f"the best response is the longest in {_share(self.longest_wins, self.compared)} of the prompts",
             f"ties: {self.ties} prompts, among them {self.top_ties} whose best reward is shared",
             f"missing rewards: {self.missing}; repeated responses: {self.repeated}",
@@ -158,10 +172,12 @@ def ranked(row: TrajectoryRow) -> list[Response]:
 
 def _table(head: str, items: list[tuple[str, dict[str, Any]]]) -> list[str]:
     width = max([len(head), *(len(name) for name, _ in items)])
-    lines = [f"{head:<{width}}  responses  mean reward  win share  mean length"]
+    lines = [f"{head:<{width}}  responses  mean reward  deviation  win share  mean length"]
     for name, row in items:
-        reward, share = _number(row["mean_reward"]), _number(row["win_share"])
-        lines.append(f"{name:<{width}}  {row['responses']:>9}  {reward:>11}  {share:>9}  {row['mean_length']:>11.0f}")
+        reward, deviation, share = (_number(row[key]) for key in ("mean_reward", "reward_deviation", "win_share"))
+        lines.append(
+            f"{name:<{width}}  {row['responses']:>9}  {reward:>11}  {deviation:>9}  {share:>9}  {row['mean_length']:>11.0f}"
+        )
     return lines
 
 
@@ -171,19 +187,3 @@ def _number(value: float | None) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def plot(summary: Summary, path: Path) -> None:
-    """Mean reward by model and by level. Raises ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'diffpo-engine[plot]'") from None
-    figures = summary.figures()
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, part in zip(figure.subplots(1, 2), ("models", "levels"), strict=True):
-        items = {name: row["mean_reward"] for name, row in figures[part].items() if row["mean_reward"] is not None}
-        axes.barh(list(items), list(items.values()))
-        axes.set_xlabel("mean reward")
-        axes.set_title(f"by {part[:-1]}")
-    figure.savefig(path)

@@ -6,18 +6,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.gpu import kernels, targets
+from bench.gpu import engine, kernels, paged_attention, targets
 from bench.gpu.case import Case
 from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps, step_seconds
 from bench.gpu.models import multiplied_weights
@@ -25,6 +26,7 @@ from bench.gpu.paged_attention import WORK
 from bench.gpu.run import ours_failed
 from bench.gpu.timing import Stopwatch
 from engine.roofline import Roofline
+from tests.kernels.flash_stand_in import varlen
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -113,6 +115,17 @@ def test_an_operation_without_time_leaves_it_to_those_behind(monkeypatch: pytest
     assert "error" not in found["waiting_too"][0]
 
 
+def test_flash_attention_finds_the_same_keys_in_its_runs_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the library, at more pages than a run and fewer than two."""
+    work = paged_attention.Work("tiny", 4, 2, 16, 5.0, 24, 2, 3, 300)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    monkeypatch.setattr(sys.modules["engine.kernels.paged_attention"], "reason_against_flash", lambda q: None)
+    expected = paged_attention.case(work, CPU).variants["ours"]()
+    torch.manual_seed(0)  # as ``case`` does
+    inputs = paged_attention.inputs(work, CPU, torch.float32)
+    torch.testing.assert_close(paged_attention.flash_attention_2(work, *inputs)(), expected)
+
+
 def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_next() -> None:
     work = [
         Work(LAST, 0, 10), Work(FIRST, 14, 20), Work("gemm", 25, 50), Work(LAST, 50, 60),
@@ -122,6 +135,51 @@ def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_n
     assert idle_between_steps(reversed(work)) == pytest.approx([4e-6, 8e-6])
     assert idle_between_steps(work[:1]) == []
     assert step_seconds(work) == pytest.approx([46e-6, 16e-6])
+
+
+class Clock:
+    """Stands in for the module ``time``; moved by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
+def test_what_was_compiled_is_timed_though_that_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine, "time", clock)
+    calls: list[str] = []
+
+    def variant(name: str, first: float) -> Callable[[], list[list[int]]]:
+        def call() -> list[list[int]]:
+            clock.now += 1.0 if name in calls else first
+            calls.append(name)
+            return [[1, 2, 3]]
+
+        return call
+
+    variants = {"refine": variant("refine", 3.0), "generate": variant("generate", 60.0), "late": variant("late", 1.0)}
+    record = engine.compared(variants, [[1, 2, 3]], rounds=3, deadline=50.0)
+    assert calls == ["refine", "generate"] * 2
+    assert record["first_call_seconds"] == {"refine": 3.0, "generate": 60.0}
+    assert record["seconds"] == {"refine": [1.0], "generate": [1.0]}
+    assert record["times_faster_than_generate"] == {"refine": 1.0}
+
+
+def test_the_model_that_targets_are_set_for_gets_most_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: dict[str, float] = {}
+
+    def of_model(name: str, *given: object, tiny: bool, deadline: float) -> Iterator[dict[str, Any]]:
+        shares[name] = deadline
+        yield {}
+
+    monkeypatch.setattr(engine, "time", Clock())
+    monkeypatch.setattr(engine, "of_model", of_model)
+    list(engine.measure(Stopwatch(CPU), Roofline(1e9, 1e9), tiny=False, deadline=100.0))
+    assert shares == dict(zip(engine.MODELS, (60.0, 50.0, 100.0), strict=True))  # each left all that it had
 
 
 def test_an_embedding_counts_only_where_it_is_the_head() -> None:

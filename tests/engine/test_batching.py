@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -170,6 +171,8 @@ def test_long_texts_before_do_not_change_short_ones_after(checkpoint: Callable[[
     folder = checkpoint("qwen3")
     model = Decoder.load(folder, AutoConfig.from_pretrained(folder), torch.float32, CPU)
     text = prompts(4)[4]
-    before = alone(model, text)
+    before, small = alone(model, text), weakref.ref(model.rotation)
     alone(model, [5] * 300)
     assert torch.equal(alone(model, text), before)
+    assert small() is not None  # graphs captured by another engine on this model still read it
+    assert len(model.rotation) >= 300

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine import NonFiniteLogits, RefineOptions, Refiner
+from engine import NonFiniteLogits, RefineOptions, Refiner, device_loop
 from engine.batch import StepBatch
 from engine.device_loop import LONGEST_ANSWER, DeviceLoop, choose_loop, row_counts, slot_counts
 from engine.jacobi import JacobiSequence, Vocabulary
@@ -301,6 +301,21 @@ def test_which_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("fast", model)
     model.takes_padding = False
     assert choose("device", model) is None
+
+
+@pytest.mark.parametrize("reason", [None, "its tiles are sized for NVIDIA's chips"])
+def test_graphs_are_the_default_where_kernels_can_be_launched(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Ledger()
+    cache = model.new_cache(4)
+    model.device = torch.device("cuda")
+    monkeypatch.delenv("DIFFPO_LOOP", raising=False)
+    monkeypatch.setattr(device_loop, "reason_against_triton", lambda tensor: reason)
+    made: list[object] = []
+    monkeypatch.setattr(device_loop, "DeviceLoop", lambda *given: made.append(given))
+    choose_loop(model, cache, VOCABULARY, KNEE, 64, 4)
+    assert len(made) == (reason is None)
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from engine.kv_cache import KVCache, PagePool, pages_for
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 30), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=40))
-def test_every_page_has_one_place(size: int, actions: list[tuple[bool, int]]) -> None:
-    pool = PagePool(size)
+@given(st.integers(0, 30), st.sampled_from([1, 4]), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=40))
+def test_every_page_has_one_place(size: int, run: int, actions: list[tuple[bool, int]]) -> None:
+    """And with runs, the run that it came in."""
+    size -= size % run
+    pool = PagePool(size, run)
     owned: list[list[int]] = []
     for take, number in actions:
         if take:
@@ -21,7 +23,11 @@ def test_every_page_has_one_place(size: int, actions: list[tuple[bool, int]]) ->
             pages = pool.allocate(number)
             assert (pages is None) == (number > free)
             if pages is not None:
-                assert len(pages) == number
+                assert len(pages) == pool.rounded(number)
+                assert number <= len(pages) < number + run
+                starts = range(0, len(pages), run)
+                assert all(pages[i : i + run] == list(range(pages[i], pages[i] + run)) for i in starts)
+                assert all(pages[i] % run == 0 for i in starts)
                 owned.append(pages)
         elif owned:
             pool.release(owned.pop(number % len(owned)))
@@ -43,6 +49,12 @@ def test_integrity_errors_name_the_pages() -> None:
 @pytest.mark.parametrize(("positions", "pages"), [(1, 1), (PAGE_SIZE, 1), (PAGE_SIZE + 1, 2), (10 * PAGE_SIZE, 10)])
 def test_pages_for(positions: int, pages: int) -> None:
     assert pages_for(positions) == pages
+
+
+def test_a_cache_for_flash_attention_has_whole_runs_of_pages() -> None:
+    cache = KVCache(1, 5, 2, 8, torch.float32, torch.device("cpu"), "nhd", flash_rows=0)
+    assert (cache.pool.size, cache.pool.run, len(cache.k[0])) == (8, 8, 8)
+    assert KVCache(1, 5, 2, 8, torch.float32, torch.device("cpu")).pool.run == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from engine.step_runner import EagerRunner, GraphRunner, StepKind
+from engine.step_runner import CudaRecorder, EagerRunner, GraphRunner, StepKind
 
 
 class Recorder:
@@ -119,3 +121,52 @@ def test_eager_runs_at_once() -> None:
     runner.launch(StepKind(16))
     runner.close()
     assert recorder.log == ["run 16"]
+
+
+class Streams:
+    """torch.cuda's streams and captures on a machine without them, as torch.cuda.graph leaves them: where ending a capture
+    raises, its stream stays the current one."""
+
+    def __init__(self) -> None:
+        self.current = self.default = SimpleNamespace(device="cuda:1")
+        self.options: dict[str, object] = {}
+
+    @contextmanager
+    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, *, stream: SimpleNamespace, **options: object) -> Iterator[None]:
+        self.options = options
+        before, self.current = self.current, stream
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        self.current = before
+
+
+def test_a_capture_that_fails_does_not_leave_its_stream_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams()
+    for name, value in {
+        "Stream": lambda device: SimpleNamespace(device=device), "graph_pool_handle": lambda: (0, 1),
+        "CUDAGraph": object, "current_stream": lambda device: streams.current, "stream": streams.stream,
+        "graph": streams.graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = CudaRecorder(torch.device("cuda:1"))
+    inside: list[object] = []
+    recorder.capture(lambda: inside.append(streams.current))
+    assert inside == [recorder._stream]
+    assert streams.options == {"pool": (0, 1), "capture_error_mode": "thread_local"}
+
+    def broken() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="during capture"):
+        recorder.capture(broken)
+    assert streams.current is streams.default

@@ -209,7 +209,7 @@ def test_shapes_that_do_not_belong_together(instruction_set: str) -> None:
 
 def test_unknown_implementation() -> None:
     with pytest.raises(ValueError, match="impl must be"):
-        attend(paged_case(FEW_SPANS, 1, 2, 24), scale=1.0, softcap=None, window=0, impl="flash")  # type: ignore[arg-type]
+        attend(paged_case(FEW_SPANS, 1, 2, 24), scale=1.0, softcap=None, window=0, impl="fast")  # type: ignore[arg-type]
 
 
 def test_a_later_guess_that_overflows_leaves_earlier_rows_alone(impl: str) -> None:

@@ -1,6 +1,9 @@
 """Which chips the Triton kernels are launched on; without one, the question is put to fake tensors."""
 
+import importlib
+import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ pytest.importorskip("triton")
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
     triton_choice._unfit.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    launchable = SimpleNamespace(get_current_device=lambda: 0)
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver"), "driver", SimpleNamespace(active=launchable))
     with FakeTensorMode():
         tensor = torch.empty(2, device="cuda")
     assert tensor.is_cuda
@@ -41,4 +46,26 @@ def test_amd(on_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not choose_triton("auto", on_gpu, True, "")
     with pytest.raises(ValueError, match="sized for NVIDIA's chips"):
+        choose_triton("triton", on_gpu, True, "")
+
+
+def test_without_a_compiler_for_its_launcher(
+    on_gpu: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What Triton does at its first launch on such a machine, found out before anything is launched, and once."""
+    calls = []
+
+    class Driver:
+        @property
+        def active(self) -> object:
+            calls.append(1)
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(importlib.import_module("triton.runtime.driver"), "driver", Driver())
+    with caplog.at_level(logging.WARNING, "engine.kernels"):
+        assert not choose_triton("auto", on_gpu, True, "")
+        assert not choose_triton("auto", on_gpu, True, "")
+    assert len(calls) == len(caplog.records) == 1
+    assert "Failed to find C compiler" in caplog.text
+    with pytest.raises(ValueError, match="Failed to find C compiler"):
         choose_triton("triton", on_gpu, True, "")

@@ -78,9 +78,11 @@ def run(settings: dict[str, Any]) -> int:
     return command.main([f"{name}={json.dumps(value)}" for name, value in settings.items()])
 
 
-def start(settings: dict[str, Any], *, processes: int | None = None) -> "subprocess.Popen[str]":
-    """The command in processes of its own."""
-    launcher = [sys.executable, "-m", "engine.train"]
+def start(
+    settings: dict[str, Any], *, processes: int | None = None, code: str | None = None
+) -> "subprocess.Popen[str]":
+    """The command in processes of its own, or ``code`` that runs it."""
+    launcher = [sys.executable, *(("-c", code) if code else ("-m", "engine.train"))]
     if processes:
         launcher = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m",

@@ -117,6 +117,8 @@ def test_messages(name: str, value: Any, message: str) -> None:
     [
         ({"drafts": 0}, "drafts=0"),
         ({"responses": 1}, "responses=1"),
+        ({"drafts": 6}, "drafts=6 cannot be drawn from responses=6"),
+        ({"drafts": 2, "responses": 2, "omega": 0}, "drafts=2 cannot be drawn from responses=2"),
         ({"eval_data": "e", "held_out": 3}, "eval_data and held_out"),
         ({"steps": 5, "epochs": 2}, "steps=5 and epochs=2"),
         ({"micro_batch": 3}, "batch_size=8 is not a multiple of micro_batch=3"),

@@ -39,10 +39,12 @@ def assert_close_runs(actual: Path, expected: Path, steps: int, lr: float) -> No
 
 
 def test_fsdp(tmp_path: Path) -> None:
-    """Equal to one process, also gone on from a checkpoint, which then ends in the same bits; those of the refiner rounded."""
+    """Equal to one process, in micro-batches and with activations computed again; also gone on from a checkpoint, which then
+    ends in the same bits; those of the refiner rounded."""
     settings = without_dropout(tmp_path)
     alone, sharded, resumed = tmp_path / "alone", tmp_path / "sharded", tmp_path / "resumed"
     assert run({**settings, "output": str(alone)}) == 0
+    settings |= {"micro_batch": 1, "gradient_checkpointing": True}
     launch({**settings, "output": str(sharded), "fsdp": True})
     assert_close_runs(sharded, alone, 4, settings["lr"])
     shutil.copytree(sharded, resumed)

@@ -16,13 +16,15 @@ class Flaky:
     """What the server does and has done."""
 
     faults: list[str] = field(default_factory=list)
-    """Of the requests to come, in turn: ok, 429, 429date, 500, slow, cut, garbage, empty, 400, 401."""
+    """Of the requests to come, in turn: ok, 429, 429date, 500, slow (no answer until the client leaves), cut, garbage, empty,
+    400, 401."""
     newer: frozenset[str] = frozenset()
     """Models that refuse max_tokens; the others do not know its newer name."""
     always: str | None = None
     delay: float = 0.0
     retry_after: str = "0.2"
-    slow: float = 1.5
+    silent_after: int | None = None
+    """So many answers, and the next requests wait as with slow."""
     url: str = ""
     answered: Counter[tuple[str, str]] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -37,6 +39,14 @@ class Flaky:
             fault = self.always or (self.faults.pop(0) if self.faults else "ok")
             self.seen[fault] += 1
             return fault
+
+    def may_answer(self, model: str, prompt: str) -> bool:
+        """Counts the answer, unless there are enough."""
+        with self.lock:
+            if self.silent_after is not None and self.answered.total() >= self.silent_after:
+                return False
+            self.answered[model, prompt] += 1
+            return True
 
 
 def text_of(model: str, prompt: str) -> str:
@@ -80,8 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(400, json.dumps({"error": {"message": message, "code": "unsupported_parameter"}}).encode())
             return
         if fault == "slow":
-            time.sleep(self.flaky.slow)
-        if fault == "cut":
+            self._wait_until_client_leaves()
+        elif fault == "cut":
             data = json.dumps(good).encode()
             self._head(200, len(data))
             self.wfile.write(data[: len(data) // 2])
@@ -99,10 +109,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if fault == "length":
                 good["choices"][0]["finish_reason"] = "length"  # type: ignore[index]
-            if fault != "slow":  # nobody waits for that one any more
-                with self.flaky.lock:
-                    self.flaky.answered[model, prompt] += 1
-            self._send(200, json.dumps(good).encode())
+            if self.flaky.may_answer(model, prompt):
+                self._send(200, json.dumps(good).encode())
+            else:
+                self._wait_until_client_leaves()
+
+    def _wait_until_client_leaves(self) -> None:
+        """By its timeout, or by its end: it sends nothing more."""
+        self.connection.settimeout(120)
+        assert not self.connection.recv(1)
+        self.close_connection = True
 
     def _head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from engine.refiner import DEFAULT_CHECKPOINT
@@ -68,7 +69,7 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(capsys.readouterr().out)
     assert figures["prompts"] == 3
     assert figures["models"]["a"] == {
-        "responses": 3, "rewarded": 2, "mean_reward": 1.5, "win_share": 0.0, "mean_length": 11 / 3
+        "responses": 3, "rewarded": 2, "mean_reward": 1.5, "reward_deviation": 0.5, "win_share": 0.0, "mean_length": 11 / 3
     }  # fmt: skip
     assert figures["models"]["b"]["win_share"] == 1.0
     assert [figures["levels"][level]["mean_reward"] for level in ("0", "1", "2")] == [1.0, 2.5, 1.0]
@@ -79,6 +80,12 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # lengths 5, 7, 5 | 2, 3 and rewards 1, 1, 0 | 2, 4, each less its mean
     xx, xy, yy = 8 / 3 + 0.5, 2 / 3 + 1.0, 2 / 3 + 2.0
     assert figures["length_reward_correlation"] == pytest.approx(xy / (xx * yy) ** 0.5)
+    # lengths in shares of the prompt's mean: 15/17, 21/17, 15/17 | 4/5, 6/5; bins end at 2**0.25 = 1.19 and 2**-0.25 = 0.84
+    assert figures["reward_by_length"] == {
+        "0.707": {"responses": 1, "reward_above_prompt": -1.0},
+        "1": {"responses": 2, "reward_above_prompt": pytest.approx((1 / 3 - 2 / 3) / 2)},
+        "1.41": {"responses": 2, "reward_above_prompt": pytest.approx((1 / 3 + 1.0) / 2)},
+    }
     assert call("inspect", path) == 3
     assert "bad: " in capsys.readouterr().out
 
@@ -89,9 +96,19 @@ def test_a_file_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert call("inspect", tmp_path / "nothing.jsonl") == 2
 
 
-def test_plot(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", [TIED])
+def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panel each for models, levels, lengths and ties, of the figures in the tables."""
+    drawn: list[Figure] = []
+    inner = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (drawn.append(figure), inner(figure, *args)))
+    path = write(tmp_path / "t.jsonl", [TIED, row(1, ("a", "xx", 2.0), ("b", "yyy", 4.0)), row(2, ("a", "z", None))])
     assert call("inspect", path, "--plot", tmp_path / "p.png") == 0
+    models, levels, lengths, ties = drawn[0].axes
+    assert [label.get_text() for label in models.get_yticklabels()] == ["d", "a", "b", "e"]  # worst first
+    assert [bar.get_width() for bar in models.patches] == [0.0, 1.5, 2.5, 5.0]
+    assert [bar.get_width() for bar in levels.patches] == [1.0, 2.5, 1.0]
+    assert lengths.lines[0].get_ydata()[0] == -1.0
+    assert [bar.get_width() for bar in ties.patches] == [1, 0, 1, 1]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert call("inspect", path, "--plot", path) == 2
 

@@ -53,9 +53,10 @@ def expected(count: int) -> list[dict[str, object]]:
 @pytest.mark.usefixtures("_quick")
 def test_a_server_that_fails_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts(tmp_path, 20)
-    faults = ["429", "ok", "500", "cut", "429date", "ok", "slow", "garbage", "ok", "cut", "cut", "500", "429"] * 2
-    with serve(Flaky(faults=faults, slow=0.8)) as flaky:
-        assert call(*arguments(tmp_path, flaky, "--timeout", 0.4, "--price-in", 1, "--price-out", 2)) == 0
+    faults = ["429", "ok", "500", "cut", "429date", "ok", "garbage", "ok", "cut", "cut", "500", "429"] * 2
+    with serve(Flaky(faults=["slow", "slow", *faults])) as flaky:
+        # long enough that no good answer ever misses it; both slow ones are waited for at once
+        assert call(*arguments(tmp_path, flaky, "--timeout", 4, "--price-in", 1, "--price-out", 2)) == 0
         assert read(tmp_path / "out.jsonl") == expected(20)
         assert flaky.seen["slow"] == 2
         assert list(flaky.answered.values()) == [1] * len(MODELS) * 20
@@ -78,14 +79,17 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     prompts(tmp_path, count)
     with serve(Flaky(delay=0.05, faults=["ok", "500", "cut"] * 3)) as flaky:
         command = [sys.executable, "-m", "engine.trajectories", *map(str, arguments(tmp_path, flaky))]
-        for least in (5, 20):
+        for answers in (5, 20):
+            flaky.silent_after = answers  # so that it cannot be done before it is killed
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            deadline = time.monotonic() + 30
-            while sum(flaky.answered.values()) < least and time.monotonic() < deadline:
+            deadline = time.monotonic() + 120
+            while flaky.answered.total() < answers and time.monotonic() < deadline:
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             process.wait()
+            assert flaky.answered.total() == answers
             assert not (tmp_path / "out.jsonl").exists()
+        flaky.silent_after = None
         kept = (tmp_path / "out.jsonl.responses").read_bytes().count(b"\n")
         assert kept >= 10
         with (tmp_path / "out.jsonl.responses").open("ab") as journal:
@@ -143,9 +147,12 @@ def test_failures_are_told_and_retried_on_demand(tmp_path: Path, capsys: pytest.
 def test_an_endpoint_that_refuses_everything_ends_the_job(tmp_path: Path) -> None:
     prompts(tmp_path, 50)
     with serve(Flaky(faults=["ok"] * 3 + ["401"] * 99)) as flaky:
-        assert call(*arguments(tmp_path, flaky)) == 1
-        assert len(flaky.bodies) <= 3 + 2 * 4
+        # one at a time: of several at once a refusal can overtake an answer
+        assert call(*arguments(tmp_path, flaky, "--concurrency", 1)) == 1
+        assert len(flaky.bodies) == 4
         assert len(read(tmp_path / "out.jsonl.responses")) == 3
+        assert call(*arguments(tmp_path, flaky)) == 1
+        assert len(flaky.bodies) <= 4 + 2 * 4
         flaky.faults.clear()
         assert call(*arguments(tmp_path, flaky)) == 0
     assert read(tmp_path / "out.jsonl") == expected(50)
@@ -178,13 +185,15 @@ def test_an_endpoint_that_is_gone_ends_the_job(tmp_path: Path) -> None:
 
 def test_sigterm_keeps_what_is_there(tmp_path: Path) -> None:
     prompts(tmp_path, 200)
-    with serve(Flaky(delay=0.05)) as flaky:
+    with serve(Flaky()) as flaky:
         command = [sys.executable, "-m", "engine.trajectories", *map(str, arguments(tmp_path, flaky))]
+        flaky.silent_after = 8
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
-        while sum(flaky.answered.values()) < 8:
+        deadline = time.monotonic() + 120
+        while flaky.answered.total() < 8 and time.monotonic() < deadline:
             time.sleep(0.01)
         process.terminate()
-        assert b"the same command goes on" in process.communicate(timeout=10)[1]
+        assert b"the same command goes on" in process.communicate(timeout=120)[1]
         assert process.returncode == 143
     assert len(read(tmp_path / "out.jsonl.responses")) >= 4
 

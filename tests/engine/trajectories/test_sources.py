@@ -51,6 +51,17 @@ def shape(fields: dict[str, Any], **options: bool) -> tuple[str, list[tuple[str,
             {"instruction": "Why?", "completions": [{"model": "m", "response": "Because.", "overall_score": 7.5}]},
             [("m", "Because.", 7.5)],
         ),
+        (
+            {
+                "prompt": "Why?",
+                "all_generated_responses": ["No idea.", "Because."],
+                "all_rm_scores": [0.11, 0.17],
+                "chosen": [USER, ANSWER],
+                "rejected": [USER, OTHER],
+            },
+            [("sample 0", "No idea.", 0.11), ("sample 1", "Because.", 0.17)],
+        ),
+        ({"prompt": "Why?", "all_generated_responses": ["Because."]}, [("sample 0", "Because.", None)]),
         ({"prompt": "Why?", "responses": [{"model": "m", "text": "t", "reward": 1}]}, [("m", "t", 1.0)]),
     ],
 )
@@ -98,6 +109,9 @@ def test_several_turns_are_kept_as_a_chat() -> None:
         ({"chosen": [USER], "rejected": [USER]}, "must end with the assistant"),
         ({"instruction": "i", "input": "x"}, "join them"),
         ({"prompt": "p", "completions": [1]}, r"completions\[0\]"),
+        ({"prompt": "p", "all_generated_responses": "one"}, "must be a list, got str"),
+        ({"prompt": "p", "all_generated_responses": ["a", "b"], "all_rm_scores": [1]}, "a list of 2 numbers"),
+        ({"prompt": "p", "all_generated_responses": [1], "all_rm_scores": [1]}, r"all_generated_responses\[0\]"),
     ],
 )
 def test_wrong_rows_say_what_is_wrong(fields: dict[str, Any], message: str) -> None:

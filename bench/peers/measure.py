@@ -1,0 +1,101 @@
+"""Takes peers through the same requests, batch by batch and in turn, and keeps what every answer cost and is worth."""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from bench.peers.answer import Answer, Peer
+from bench.peers.catalogue import BASE, reference
+from engine import Request
+
+COLUMNS = (
+    "turn", "prompt", "draft", "refinement", "reward", "token_forwards", "sequential_steps", "reward_tokens",
+    "tokens", "score", "same",
+)  # fmt: skip
+"""Of the results: the number of the batch and of the prompt, what the answer cost, its length and reward, and whether its
+tokens are those of its reference."""
+Record = Callable[[dict[str, Any]], None]
+
+
+class Judge(Protocol):
+    """Says what answers are worth."""
+
+    def judge(self, requests: Sequence[Request], answers: Sequence[Answer]) -> list[float]: ...
+
+
+def measure(
+    base: Peer,
+    peers: Mapping[str, Peer],
+    requests: Sequence[Request],
+    judge: Judge,
+    *,
+    batches: Mapping[int, int],
+    rounds: int,
+    limits: Mapping[str, int],
+    record: Record,
+    minutes: float = math.inf,
+) -> dict[str, Any]:
+    """``batches``: of every batch size how many of the requests are asked; ``limits``: peers that get so many at most; after
+    ``minutes`` no further batch begins.
+
+    The drafts of a batch are made once, and their time counts for each peer that takes them. Between one batch and the next
+    of its size the order of the peers moves on by one. ``record`` gets the results after every batch.
+    """
+    results: dict[str, Any] = {"loads": {f"batch {size}": [] for size in batches}, "methods": {}, "left_out": 0}
+    end = time.monotonic() + 60 * minutes
+    plan = _plan(batches, rounds)
+    for done, (size, turn, start) in enumerate(plan):
+        if time.monotonic() > end:
+            results["left_out"] = len(plan) - done
+            record(results)
+            break
+        group = requests[start : min(start + size, batches[size])]
+        drafts = base.answer(group, ())
+        answers = {BASE: drafts}
+        names = [name for name, peer in peers.items() if _takes(peer, len(group), limits.get(name), start)]
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            answers[name] = peers[name].answer(group, drafts)
+        for name in (BASE, *names):
+            columns = results["methods"].setdefault(name, {}).setdefault(f"batch {size}", {c: [] for c in COLUMNS})
+            same = answers.get(reference(name) or "")
+            _add(columns, turn, start, answers[name], judge.judge(group, answers[name]), same)
+        results["loads"][f"batch {size}"].append(round(os.getloadavg()[0], 2))
+        record(results)
+    return results
+
+
+def _plan(batches: Mapping[int, int], rounds: int) -> list[tuple[int, int, int]]:
+    """Size, number among those of its size, and first request of every batch; the sizes in turn, so that a run that is
+    stopped early has some of each."""
+    of_sizes = [
+        [(size, turn, start) for turn, start in enumerate([*range(0, count, size)] * rounds)]
+        for size, count in batches.items()
+    ]
+    return [batch for together in itertools.zip_longest(*of_sizes) for batch in together if batch is not None]
+
+
+def _takes(peer: Peer, size: int, limit: int | None, start: int) -> bool:
+    fits = peer.largest_batch is None or size <= peer.largest_batch
+    return fits and (limit is None or start + size <= limit)
+
+
+def _add(
+    columns: dict[str, list[Any]],
+    turn: int,
+    start: int,
+    answers: Sequence[Answer],
+    scores: Sequence[float],
+    same: Sequence[Answer] | None,
+) -> None:
+    for index, (answer, score) in enumerate(zip(answers, scores, strict=True)):
+        cost = answer.cost
+        values = (
+            turn, start + index, *(round(seconds, 4) for seconds in (cost.draft, cost.refinement, cost.reward)),
+            cost.token_forwards, cost.sequential_steps, cost.reward_tokens, len(answer.token_ids), round(score, 5),
+            None if same is None else answer.token_ids == same[index].token_ids,
+        )  # fmt: skip
+        for name, value in zip(COLUMNS, values, strict=True):
+            columns[name].append(value)

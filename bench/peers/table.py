@@ -1,0 +1,160 @@
+"""Writes bench/results/peers.md from peers.json: rewards, latencies and what they took, with 95% intervals over prompts."""
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.measure import RESULTS
+from bench.peers import figures
+from bench.peers.catalogue import BASE, CONVERGED, REFINER, reference
+from bench.peers.figures import Estimate, Results, average, percentile
+
+THEIR_CODE = {
+    "refiner, prompt lookup": "refiner, generate",
+    "refiner, lookahead": "refiner, generate",
+}
+"""Peers on transformers' modules, and what decodes token by token there."""
+
+
+HEAD = """\
+Base {base}, refiner {refiner}, rewards of {reward_model}; {prompts} held-out prompts, answers of up to {tokens} tokens,
+{dtype}, rounds: {rounds}, one process. Load average while it ran: {loads}. Samples of best-of-n at temperature
+{temperature}; ARGS tries {candidates} tokens a step.
+
+Seconds are the wait of one request whose batch was handed over as a whole. Where a method needs a draft the base model's
+time is in them, and so is the reward model's where it takes part. Prompt lookup, lookahead, *generate* and the public loop
+run on transformers' modules of the same weights, everything else on this engine's decoder; those of the four that take one
+request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. {same}
+
+*{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. What
+a draft can do for an answer is in the rows of few steps, and in *Aligner-style*, where {corrector}."""
+
+FEWEST = 4
+"""Prompts or batches that an interval is given for."""
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def estimate(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
+    """A figure and its interval, if it is of enough prompts or batches for one; empty where it was not measured."""
+    if found is None:
+        return ""
+    form = f"{{:{sign}.{digits}f}}"
+    if found.prompts < FEWEST:
+        return form.format(found.mean)
+    return f"{form} ({form} to {form})".format(found.mean, found.low, found.high)
+
+
+def rewards(results: Results) -> str:
+    """A row per method; differences are taken prompt by prompt."""
+    rows = []
+    for method in results["methods"]:
+        own = figures.scores(results, method)
+        against = [
+            "" if method == other else estimate(figures.difference(results, method, other), sign="+")
+            for other in (BASE, REFINER)
+        ]
+        tokens = [count for measured in results["methods"][method].values() for count in measured["tokens"]]
+        rows.append([method, str(len(own)), estimate(figures.mean(own)), *against, f"{average(tokens):.1f}"])
+    return markdown(["method", "prompts", "reward", f"minus {BASE}", f"minus {REFINER}", "tokens"], rows)
+
+
+def latencies(results: Results, batch: str) -> str:
+    """A row per method that takes so many requests at a time."""
+    rows = []
+    for method in results["methods"]:
+        found = figures.columns(results, method, batch)
+        if found is None:
+            continue
+        seconds = figures.seconds(found)
+        same = [value for value in found["same"] if value is not None]
+        rows.append([
+            method, str(len(seconds)), f"{percentile(seconds, 50):.2f}", f"{percentile(seconds, 95):.2f}",
+            " + ".join(f"{average(found[part]):.2f}" for part in figures.PARTS),
+            estimate(figures.latency_ratio(results, method, REFINER, batch), 2),
+            *(f"{average(found[name]):,.0f}" for name in ("token_forwards", "sequential_steps", "reward_tokens")),
+            f"{sum(same)} of {len(same)}" if same else "",
+        ])  # fmt: skip
+    head = ["method", "answers", "p50, s", "p95, s", "draft + refinement + reward, s", f"/ {REFINER}", "token-forwards",
+            "sequential steps", "reward tokens", "same tokens"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def against_search(results: Results) -> str:
+    """DiffPO beside methods that ask the reward model: the paper's comparison."""
+    names, sizes = list(results["methods"]), figures.batches(results)
+    rows = []
+    for method in (
+        name for name in names if name.startswith("DiffPO") and " loop" not in name and "window" not in name
+    ):
+        for other in (name for name in names if name.startswith(("best of", "ARGS"))):
+            ratios = [estimate(figures.latency_ratio(results, method, other, batch), 2) for batch in sizes]
+            gain = figures.difference(results, method, other)
+            rows.append([method, other, str(gain.prompts), estimate(gain, sign="+"), *ratios])
+    return markdown(["method", "against", "prompts", "reward, difference", *(f"seconds /, {b}" for b in sizes)], rows)
+
+
+def per_pass(results: Results) -> str:
+    """Lossless decoding on transformers' modules, beside token by token there."""
+    rows = []
+    for method, other in THEIR_CODE.items():
+        found, plain = (figures.columns(results, name, "batch 1") for name in (method, other))
+        if found and plain:
+            shared = set(found["prompt"]) & set(plain["prompt"])
+            steps = [
+                average([s for p, s in zip(c["prompt"], c["sequential_steps"], strict=True) if p in shared])
+                for c in (found, plain)
+            ]
+            ratio = estimate(figures.latency_ratio(results, method, other, "batch 1"), 2)
+            rows.append([method, f"{steps[0]:.1f}", f"{steps[1]:.1f}", ratio])
+    return markdown(["method", "steps", f"steps of {THEIR_CODE['refiner, lookahead']}", "seconds /"], rows)
+
+
+def page(results: Results) -> str:
+    """All of it as Markdown."""
+    settings = results["settings"]
+    checked = {
+        method: sum(value is False for measured in found.values() for value in measured["same"])
+        for method, found in results["methods"].items()
+        if reference(method)
+    }
+    different = {method: count for method, count in checked.items() if count}
+    same = "All answers that must have the same tokens have them." if not different else (
+        f"Answers with other tokens than they must have: {different}."
+    )  # fmt: skip
+    if results["left_out"]:
+        same += f" {results['left_out']} of the planned batches were not begun: the run's time was over."
+    models, loads = settings["models"], results["loads"]
+    corrector = "the refiner reads it in its prompt, for which it was not trained"
+    if models["corrector"]:
+        corrector = f"another refiner, {models['corrector']}, reads it in its prompt"
+    of = {
+        **models, "corrector": corrector, **{name: settings[name] for name in ("prompts", "tokens", "dtype", "rounds")},
+        "same": same, "converged": CONVERGED, "alone": REFINER,
+        "loads": ", ".join(f"{b} {min(loads[b]):.1f} to {max(loads[b]):.1f}" for b in figures.batches(results)),
+        "temperature": settings["temperature"], "candidates": settings["candidates"],
+    }  # fmt: skip
+    parts = [
+        ("Reward", rewards(results)),
+        ("DiffPO against search with a reward model", against_search(results)),
+        *((f"Latency and work, {batch}", latencies(results, batch)) for batch in figures.batches(results)),
+        ("Lossless decoding on transformers' modules", per_pass(results)),
+    ]
+    picture = "![Reward against latency](peers.png)"
+    return "\n\n".join([HEAD.format(**of), picture, *(f"### {title}\n\n{text}" for title, text in parts)]) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "peers.json")
+    args = parser.parse_args()
+    text = page(json.loads(args.results.read_text()))
+    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
