@@ -98,7 +98,8 @@ both() {
 }
 answered() {
     stage answers $paper.answers --folder "$folder" --limit $limit --device $device ${quick:+--prompts 4}
-    stage measure $paper.measure --folder "$folder" --results "$results" --device $device
+    stage measure $paper.measure --folder "$folder" --results "$results" --device $device \
+        ${NOTE:+--note "$NOTE"}
 }
 both others aligned
 

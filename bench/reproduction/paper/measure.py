@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.measure import machine
 from bench.reproduction.data import Fields
 from bench.reproduction.measure import history, similarity
 from bench.reproduction.paper.answers import REAL, plans
@@ -21,6 +22,7 @@ from engine.trajectories.reward_model import RewardModel
 
 EVERY = 3
 """Text is judged by the chat model on every third prompt."""
+COMMAND = "bench/reproduction/paper.sh alpaca_responses.jsonl FOLDER"
 Columns = dict[str, list[Any]]
 
 
@@ -74,7 +76,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of paper.sh")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--note", help="what a reader must know of this run")
     args = parser.parse_args()
+    update(args.results, "machine", machine() | {"command": COMMAND})
+    if args.note:
+        update(args.results, "note", args.note)
     held_out = [json.loads(line) for line in (args.folder / "data/held_out.jsonl").read_text().splitlines()]
     reward, fluency = load(args.folder / "reward", args.device), Fluency(args.folder / "lm", args.device)
     (args.folder / "measured").mkdir(exist_ok=True)

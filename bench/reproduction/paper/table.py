@@ -15,7 +15,8 @@ from bench.measure import RESULTS
 from bench.reproduction.paper.answers import OWN, REAL, STEPS
 from bench.reproduction.paper.claims import ALIGNED, claims
 from bench.reproduction.paper.compare import Answers, difference, length_controlled, mean, percent, shown, wins
-from bench.reproduction.table import controls, differences, markdown, overview, similarities
+from bench.reproduction.table import controls, differences, overview, similarities
+from engine.evaluate.tables import markdown
 
 READING = Path(__file__).with_name("reading.md")
 PAPER_MAIN = {"base": "36.83", "dpo": "47.20", "simpo": "52.57", "diffpo": "55.84"}
