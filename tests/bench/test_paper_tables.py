@@ -25,7 +25,7 @@ from bench.reproduction.data import HELD_OUT
 from bench.reproduction.paper import answers as answering
 from bench.reproduction.paper import data, reward, stage
 from bench.reproduction.paper.answers import OWN, REAL, Plan, plans
-from bench.reproduction.paper.claims import ABSENT, FAILS, HOLDS, OPEN, claims, counted, verdict
+from bench.reproduction.paper.claims import ABSENT, BROKEN, FAILS, HOLDS, OPEN, broken, claims, counted, verdict
 from bench.reproduction.paper.compare import Answers, difference, length_controlled, wins
 from bench.reproduction.paper.measure import Fluency
 from bench.reproduction.paper.models import kept_layers, package_folder, prune, save
@@ -341,13 +341,31 @@ def test_claims_about_every_base_need_every_base() -> None:
     sets = {name: some([value] * 5) for name, value in level.items()}
     sets |= {f"{name} + shown": some([value + 0.05] * 5) for name, value in level.items()}
     sets["diffpo"] = some([0.45] * 5)
-    assert counted(sets, "{} + shown") == ("better 9, worse 0, open 0 of 9", HOLDS)
-    assert counted(sets, "diffpo") == ("better 5, worse 4, open 0 of 9", FAILS)
+    assert counted(sets, "{} + shown") == ("higher 9, lower 0, open 0 of 9", HOLDS)
+    assert counted(sets, "diffpo") == ("higher 5, lower 4, open 0 of 9", FAILS)
     assert counted(sets, "nothing") == ("–", ABSENT)
     verdicts = {row[0]: row[-1] for row in claims(sets)}
     assert verdicts["base + DiffPO (draft shown) above DPO"] == FAILS  # 0.65 against 0.7
     assert verdicts["adds on top of DPO (draft shown)"] == HOLDS
     assert verdicts["a larger refiner is better: layers-24 above layers-18"] == ABSENT
+
+
+def test_a_high_reward_for_broken_text_is_no_success() -> None:
+    def with_nats(reward: float, nats: float) -> Answers:
+        return Answers({**some([reward] * 6).columns, "nats": [nats, None, nats + 0.1, nats, None, nats]})
+
+    sets = {name: with_nats(0.0, 1.5 + place / 10) for place, name in enumerate(REAL)}
+    sets |= {
+        "base": with_nats(0.0, 0.8),
+        "base + shown": with_nats(1.0, 2.0),
+        "base + diffpo, 4 steps": with_nats(1.0, 5.0),
+    }
+    assert not broken(sets, "base + shown")
+    assert broken(sets, "base + diffpo, 4 steps")
+    verdicts = {row[0]: row[-1] for row in claims(sets)}
+    assert verdicts["base + DiffPO (draft shown) above base"] == HOLDS
+    assert verdicts["base + DiffPO (4 steps) above base"] == BROKEN
+    assert verdicts["one refiner improves every base (4 steps)"] == BROKEN
 
 
 def test_sections_are_kept_beside_each_other(tmp_path: Path) -> None:

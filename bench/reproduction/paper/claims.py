@@ -1,4 +1,6 @@
-"""Which of the paper's claims hold in these results: by the interval of a difference of rewards, not by its mean alone."""
+"""Which of the paper's claims hold in these results: by the interval of a difference of rewards, not by its mean alone, and
+only for text that is text. A reward model this small gives broken text with the right beginnings a high reward.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,6 +15,7 @@ HOLDS, FAILS, OPEN, ABSENT = (
     "not measured",
 )
 ALIGNED = {"dpo": "DPO", "simpo": "SimPO"}
+BROKEN = "does not count: the reward is higher, the text is broken"
 REFINED = (("4 steps", "{} + diffpo, 4 steps"), ("draft shown", "{} + shown"), ("converged", "diffpo"))
 """Ways to use the refiner behind a base, and their sets; converged, the base plays no part in the answer."""
 
@@ -24,12 +27,22 @@ def verdict(estimate: Estimate) -> str:
     return FAILS if estimate.high < 0 else OPEN
 
 
+def broken(sets: Mapping[str, Answers], name: str) -> bool:
+    """Whether the chat model finds these answers less likely, beyond both intervals, than any real model's."""
+    real = [estimate.high for base in REAL if base in sets and (estimate := sets[base].mean("nats"))]
+    found = sets[name].mean("nats")
+    return bool(real) and found is not None and found.low > max(real)
+
+
 def compared(sets: Mapping[str, Answers], one: str, other: str) -> tuple[str, str]:
     """Figures and verdict."""
     if one not in sets or other not in sets:
         return "–", ABSENT
     estimate = difference(sets[one], sets[other])
-    return f"{shown(estimate)}; wins {percent(wins(sets[one], sets[other]))}", verdict(estimate)
+    found = verdict(estimate)
+    if found == HOLDS and broken(sets, one):
+        found = BROKEN
+    return f"{shown(estimate)}; wins {percent(wins(sets[one], sets[other]))}", found
 
 
 def claims(sets: Mapping[str, Answers]) -> Iterator[list[str]]:
@@ -61,10 +74,12 @@ def claims(sets: Mapping[str, Answers]) -> Iterator[list[str]]:
 
 def counted(sets: Mapping[str, Answers], name: str) -> tuple[str, str]:
     """How many bases are better, worse, or neither by the interval."""
-    names = [(base, name.format(base)) for base in (*REAL, *OWN)]
-    known = [verdict(difference(sets[made], sets[base])) for base, made in names if made in sets and base in sets]
-    if not known:
+    names = [(base, name.format(base)) for base in (*REAL, *OWN) if base in sets and name.format(base) in sets]
+    if not names:
         return "–", ABSENT
-    better, worse = known.count(HOLDS), known.count(FAILS)
-    text = f"better {better}, worse {worse}, open {known.count(OPEN)} of {len(known)}"
+    known = [verdict(difference(sets[made], sets[base])) for base, made in names]
+    better, worse, unreadable = known.count(HOLDS), known.count(FAILS), sum(broken(sets, made) for _, made in names)
+    text = f"higher {better}, lower {worse}, open {known.count(OPEN)} of {len(known)}"
+    if unreadable:
+        return f"{text}; text broken in {unreadable}", BROKEN
     return text, HOLDS if better == len(known) else FAILS if worse else OPEN
