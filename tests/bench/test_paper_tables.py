@@ -27,7 +27,7 @@ from bench.reproduction.paper import data, reward, stage
 from bench.reproduction.paper.answers import OWN, REAL, Plan, plans
 from bench.reproduction.paper.claims import ABSENT, BROKEN, FAILS, HOLDS, OPEN, broken, claims, counted, verdict
 from bench.reproduction.paper.compare import Answers, difference, length_controlled, wins
-from bench.reproduction.paper.measure import Fluency
+from bench.reproduction.paper.measure import Fluency, repeated
 from bench.reproduction.paper.models import kept_layers, package_folder, prune, save
 from bench.reproduction.paper.results import read, update
 from bench.reproduction.paper.table import READING, report
@@ -366,6 +366,17 @@ def test_a_high_reward_for_broken_text_is_no_success() -> None:
     assert verdicts["base + DiffPO (draft shown) above base"] == HOLDS
     assert verdicts["base + DiffPO (4 steps) above base"] == BROKEN
     assert verdicts["one refiner improves every base (4 steps)"] == BROKEN
+
+
+def test_a_text_that_repeats_itself_is_broken_too() -> None:
+    assert repeated("a b c d e") == 0.0
+    assert repeated("a b c a b c a b c") == pytest.approx(4 / 7, abs=1e-4)  # of seven trigrams three differ
+    assert repeated("a b") == 0.0
+    usual = some([0.0] * 6).columns
+    sets = {name: Answers({**usual, "repeated": [0.1, 0.0] * 3}) for name in REAL}
+    sets |= {"base": Answers({**usual, "repeated": [0.1] * 6}), "diffpo": Answers({**usual, "repeated": [0.5] * 6})}
+    assert not broken(sets, "base")
+    assert broken(sets, "diffpo")
 
 
 def test_sections_are_kept_beside_each_other(tmp_path: Path) -> None:

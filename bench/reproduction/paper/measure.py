@@ -46,6 +46,13 @@ class Fluency:
         return round(torch.nn.functional.cross_entropy(logits.float(), ids[0, len(first) :]).item(), 4)
 
 
+def repeated(text: str) -> float:
+    """Share of a text's trigrams of words that have stood in it before: a likely text may say one thing over and over."""
+    words = text.split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return round(1 - len(set(trigrams)) / len(trigrams), 4) if trigrams else 0.0
+
+
 def columns(rows: Sequence[Fields], answers: Sequence[Fields], reward: RewardModel, fluency: Fluency) -> Columns:
     """One entry per prompt."""
     texts = [answer["text"] for answer in answers]
@@ -90,13 +97,14 @@ def main() -> None:
         answers, kept = args.folder / "answers" / f"{name}.jsonl", args.folder / "measured" / f"{name}.json"
         if name not in REAL and not answers.exists():
             continue
+        if name in REAL:
+            made = real_answers(held_out, name)
+        else:
+            made = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
         if not kept.exists():
-            if name in REAL:
-                made = real_answers(held_out, name)
-            else:
-                made = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
             kept.write_text(json.dumps(columns(held_out[: len(made)], made, reward, fluency)))
-        update(args.results, f"answers/{name}", json.loads(kept.read_text()))
+        again = [repeated(answer["text"]) for answer in made]
+        update(args.results, f"answers/{name}", {**json.loads(kept.read_text()), "repeated": again})
         print(f"measured: {name}", flush=True)
 
 

@@ -30,6 +30,8 @@ PAPER_BASES = (
 """The same figure, before and behind DiffPO-9B."""
 PAPER_SIZES = (("8B (Llama-3)", "36.44"), ("9B (Gemma-2)", "55.84"))
 NAMES = {"base": "SmolLM2-135M", "dpo": "SmolLM2-135M + DPO", "simpo": "SmolLM2-135M + SimPO"}
+RUNS = ("lm", "ar", "diffpo", "omega-1", "omega-1000")
+"""The chat model as it is, and refiners from no consistency loss to the most of it."""
 Sets = dict[str, Answers]
 
 
@@ -53,6 +55,11 @@ def reward_model(pairs: dict[str, list[Any]]) -> str:
     return markdown(head, rows)
 
 
+def text_of(one: Answers) -> list[str]:
+    """What the chat model makes of the text, and the share of word trigrams that it repeats."""
+    return [shown(one.mean("nats")), shown(one.mean("repeated"))]
+
+
 def bases(sets: Sets) -> str:
     """What the reward model makes of real answers, beside the judge's own rewards of the whole ones."""
     rows = []
@@ -60,10 +67,8 @@ def bases(sets: Sets) -> str:
         if name in sets:
             known = sets[name]
             judge = f"{np.mean(known.columns['judge']):.3f}" if "judge" in known.columns else "–"
-            rows.append(
-                [NAMES.get(name, name), judge, shown(known.mean("reward")), shown(known.mean("nats")), known.length]
-            )
-    return markdown(["base", "the judge's reward", "reward model", "nats per token", "characters"], rows)
+            rows.append([NAMES.get(name, name), judge, shown(known.mean("reward")), *text_of(known), known.length])
+    return markdown(["base", "the judge's reward", "reward model", "nats per token", "repeated", "characters"], rows)
 
 
 def main_rows(sets: Sets) -> Iterator[tuple[str, str, str]]:
@@ -87,6 +92,7 @@ def versus(sets: Sets, rows: Sequence[tuple[str, str, str]], baseline: str, last
         "length-controlled",
         "characters",
         "nats per token",
+        "repeated",
         last,
     ]
     made = []
@@ -101,7 +107,7 @@ def versus(sets: Sets, rows: Sequence[tuple[str, str, str]], baseline: str, last
                 percent(wins(one, other)),
                 percent(length_controlled(one, other)),
             ]
-        made.append([text, shown(one.mean("reward")), *compared, one.length, shown(one.mean("nats")), paper])
+        made.append([text, shown(one.mean("reward")), *compared, one.length, *text_of(one), paper])
     return markdown(head, made)
 
 
@@ -155,7 +161,8 @@ def sizes(results: dict[str, Any], sets: Sets) -> str:
         "minus the base",
         "4 steps",
         "minus the base",
-        "nats, alone",
+        "nats per token, alone",
+        "repeated, alone",
     ]
     rows = []
     for text, name in (("135M, 30 layers", "diffpo"), ("24 of them", "layers-24"), ("18 of them", "layers-18")):
@@ -165,7 +172,7 @@ def sizes(results: dict[str, Any], sets: Sets) -> str:
         loss = f"{np.mean(curve['ar'][-3:]):.2f}" if curve else "–"
         alone, after = sets[name], sets.get(f"base + {name}, 4 steps")
         later = [shown(after.mean("reward")), shown(difference(after, sets["base"]))] if after else ["–", "–"]
-        cells = [shown(alone.mean("reward")), shown(difference(alone, sets["base"])), *later, shown(alone.mean("nats"))]
+        cells = [shown(alone.mean("reward")), shown(difference(alone, sets["base"])), *later, *text_of(alone)]
         rows.append([text, loss, *cells])
     if "base + shipped, shown" in sets:
         small = sets["base + shipped, shown"]
@@ -174,7 +181,7 @@ def sizes(results: dict[str, Any], sets: Sets) -> str:
             shown(difference(small, sets["base"])),
             "–",
             "–",
-            shown(small.mean("nats")),
+            *text_of(small),
         ]
         rows.append(["6.4M that ships, draft shown (trained to mend slips)", "–", *cells])
     return markdown(head, rows)
@@ -182,7 +189,7 @@ def sizes(results: dict[str, Any], sets: Sets) -> str:
 
 def drafts(sets: Sets) -> str:
     """What the draft is good for: the same refiner with another one."""
-    head = ["refined", "draft", "reward", "minus the right draft's", "kept of the draft", "nats per token"]
+    head = ["refined", "draft", "reward", "minus the right draft's", "kept of the draft", "nats per token", "repeated"]
     rows = []
     for kind in ("diffpo, 4 steps", "shown"):
         for control in ("", "shuffled", "random"):
@@ -190,7 +197,7 @@ def drafts(sets: Sets) -> str:
             if name in sets:
                 one, right = sets[name], sets[f"base + {kind}"]
                 minus = shown(difference(one, right)) if control else ""
-                cells = [shown(one.mean("reward")), minus, shown(one.mean("kept")), shown(one.mean("nats"))]
+                cells = [shown(one.mean("reward")), minus, shown(one.mean("kept")), *text_of(one)]
                 rows.append([kind, control or "the base's", *cells])
     return markdown(head, rows)
 
@@ -251,7 +258,7 @@ def paper_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def report(results: dict[str, Any], reading: str = "") -> str:
     """All tables as Markdown."""
     sets = {name: Answers(columns) for name, columns in results.get("answers", {}).items()}
-    steps = results.get("steps", {})
+    steps = {run: results["steps"][run] for run in RUNS if run in results.get("steps", {})}
     parts = [("The paper's claims at this scale", markdown(["claim", "the paper", "here", "verdict"], claims(sets)))]
     if reading:
         parts.append(("Reading them", reading))
