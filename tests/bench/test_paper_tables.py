@@ -374,7 +374,7 @@ def test_a_text_that_repeats_itself_is_broken_too() -> None:
     assert repeated("a b") == 0.0
     usual = some([0.0] * 6).columns
     sets = {name: Answers({**usual, "repeated": [0.1, 0.0] * 3}) for name in REAL}
-    sets |= {"base": Answers({**usual, "repeated": [0.1] * 6}), "diffpo": Answers({**usual, "repeated": [0.5] * 6})}
+    sets |= {"base": Answers({**usual, "repeated": [0.05] * 6}), "diffpo": Answers({**usual, "repeated": [0.5] * 6})}
     assert not broken(sets, "base")
     assert broken(sets, "diffpo")
 

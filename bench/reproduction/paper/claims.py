@@ -28,7 +28,7 @@ def verdict(estimate: Estimate) -> str:
 
 
 def broken(sets: Mapping[str, Answers], name: str) -> bool:
-    """Whether the chat model finds these answers less likely, or they repeat themselves more, than those of any real model, each
+    """Whether the chat model finds these answers less likely, or they repeat themselves more, than those of any real model,
     beyond both intervals."""
     for column in ("nats", "repeated"):
         real = [estimate.high for base in REAL if base in sets and (estimate := sets[base].mean(column))]

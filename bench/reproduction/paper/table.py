@@ -250,11 +250,6 @@ def seconds(results: dict[str, Any]) -> str:
     return markdown(["stage", "seconds of one core", "by the clock"], [*rows, ["all", *map(str, total)]])
 
 
-def paper_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Figures of the paper."""
-    return markdown(head, rows)
-
-
 def report(results: dict[str, Any], reading: str = "") -> str:
     """All tables as Markdown."""
     sets = {name: Answers(columns) for name, columns in results.get("answers", {}).items()}
@@ -270,10 +265,10 @@ def report(results: dict[str, Any], reading: str = "") -> str:
             versus(sets, list(main_rows(sets)), "base", "paper: Llama-3-8B, LC win rate"),
         ),
         ("One refiner behind every base", every_base(sets)),
-        ("The same in the paper: LC win rate", paper_table(["base", "by itself", "+ DiffPO-9B"], PAPER_BASES)),
+        ("The same in the paper: LC win rate", markdown(["base", "by itself", "+ DiffPO-9B"], PAPER_BASES)),
         ("On top of DPO and SimPO, and against them", on_top(sets)),
         ("Size of the refiner", sizes(results, sets)),
-        ("The same in the paper: LC win rate behind Llama-3-8B", paper_table(["refiner", "LC win rate"], PAPER_SIZES)),
+        ("The same in the paper: LC win rate behind Llama-3-8B", markdown(["refiner", "LC win rate"], PAPER_SIZES)),
         ("What the draft is good for", drafts(sets)),
         ("Work per answer", cost(sets)),
         ("Training", training(results)),
