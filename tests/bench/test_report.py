@@ -118,13 +118,22 @@ def test_what_is_missing_is_an_error(tmp_path: Path) -> None:
 
 def test_the_page_as_one_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"picture")
-    (tmp_path / "page.md").write_text("# Title & more\n\n| a |\n| --- |\n| 1 |\n\n![shown](a.png) [other](b.json)\n")
-    html = standalone(tmp_path / "page.md")
+    (tmp_path / "page.md").write_text(
+        "# Title & more\n\n| a |\n| --- |\n| 1 |\n\n![shown](a.png) [other](b.json)"
+        " [below](#paper-s-tables)\n\n## Paper s, `tables`\n"
+    )
+    html = standalone(tmp_path / "page.md", tmp_path / "build")
     assert "<title>Title &amp; more</title>" in html
     assert '<img src="data:image/png;base64,cGljdHVyZQ=="' in html
     assert "<td>1</td>" in html
-    assert '<a href="b.json">' in html
-    pictures = re.findall(r'src="([^"]{0,40})', standalone(PAGE))
+    assert '<a href="../b.json">' in html
+    whole = standalone(PAGE, ROOT / "build")
+    for link in re.findall(r'href="([^"]*)"', whole):
+        if link.startswith("#"):
+            assert f'id="{link[1:]}"' in whole
+        else:
+            assert ":" in link or (ROOT / "build" / link.split("#")[0]).resolve().exists(), link
+    pictures = re.findall(r'src="([^"]{0,40})', whole)
     assert pictures
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
 

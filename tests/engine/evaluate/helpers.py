@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.evaluate.command import main
+from engine.evaluate.run import Evaluation
 from tests.engine.job.stub import stubbed
 
 SCORERS = "tests.engine.evaluate.scorers"
@@ -47,14 +48,19 @@ def model_folder(folder: Path) -> Path:
 
 
 def evaluate(
-    folder: Path, rows: Iterable[dict[str, Any]], *options: object, command: str = "rewards", scorer: str = "letters"
+    folder: Path,
+    rows: Iterable[dict[str, Any]],
+    *options: object,
+    command: str = "rewards",
+    scorer: str | None = "letters",
 ) -> tuple[int, Path]:
-    """Runs the command with the stub in the place of a refiner; exit status and output folder."""
+    """Runs the command with the stub in the place of a refiner; exit status and output folder. ``scorer`` is of
+    scorers.py."""
     write(folder / "in.jsonl", rows)
     with stubbed(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.text.load_tokenizer", lambda folder, remote: None)
+        patch.setattr(Evaluation, "_cutter", lambda self: lambda text: (text, False))  # the stub has no tokenizer
         arguments = [
             command, "--input", folder / "in.jsonl", "--output", folder / "out", "--model", model_folder(folder),
-            "--callable", f"{SCORERS}:{scorer}", "--no-report", *options,
+            *(["--callable", f"{SCORERS}:{scorer}"] if scorer else []), "--no-report", *options,
         ]  # fmt: skip
         return main([str(argument) for argument in arguments]), folder / "out"

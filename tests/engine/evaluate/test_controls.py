@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.evaluate.command import main
+from engine.refiner import DEFAULT_CHECKPOINT
 from tests.engine.evaluate.helpers import SCORERS, read, write
 
 ROWS = [
     {"prompt": f"How do I {what}?", "draft": f"You can {what} at home. First, you read about it.", "model": "m"}
     for what in ("boil an egg", "plant a tree", "learn a language")
 ]
+ROWS[2]["draft"] += " Then you speak it every day with people who know it, and write down what you did not know."
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,15 @@ def test_converged_answers_are_the_refiners_own(out: Path) -> None:
     for row in rows["keep_prefix"]:
         assert row["answers"][0].split()[:3] == row["drafts"][0].split()[:3]
     assert all(row["steps"] == 1 for row in rows["steps-1"])
+
+
+def test_drafts_are_cut_at_the_refiners_limit(out: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
+    for row, given in zip(read(out / "given.jsonl"), ROWS, strict=True):
+        ids = tokenizer(given["draft"])["input_ids"]
+        assert row["drafts_cut"] == [len(ids) > 16]
+        assert row["drafts"] == [tokenizer.decode(ids[:16]) if len(ids) > 16 else given["draft"]]
+    assert read(out / "given.jsonl")[2]["drafts_cut"] == [True]
 
 
 def test_the_report_says_what_the_controls_show(out: Path) -> None:
