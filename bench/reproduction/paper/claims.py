@@ -28,14 +28,11 @@ def verdict(estimate: Estimate) -> str:
 
 
 def broken(sets: Mapping[str, Answers], name: str) -> bool:
-    """Whether the chat model finds these answers less likely, or they repeat themselves more, than those of any real model,
-    beyond both intervals."""
-    for column in ("nats", "repeated"):
-        real = [estimate.high for base in REAL if base in sets and (estimate := sets[base].mean(column))]
-        found = sets[name].mean(column)
-        if real and found is not None and found.low > max(real):
-            return True
-    return False
+    """Whether the chat model finds these answers less likely than any real model's, beyond both intervals. That a text repeats
+    itself does not count here: the chat model's own answers do, and tables show by how much."""
+    real = [estimate.high for base in REAL if base in sets and (estimate := sets[base].mean("nats"))]
+    found = sets[name].mean("nats")
+    return bool(real) and found is not None and found.low > max(real)
 
 
 def compared(sets: Mapping[str, Answers], one: str, other: str) -> tuple[str, str]:
