@@ -7,6 +7,8 @@ from typing import Any
 
 from bench.report.results import Results
 from bench.report.tables import table
+from bench.reproduction.paper.compare import Answers, difference
+from bench.reproduction.paper.compare import shown as told
 from bench.reproduction.table import by_prompt, interval
 
 SUBJECTS = {"shipped": "shipped", "llama-135m-random": "135M"}
@@ -113,7 +115,25 @@ def headlines(results: Results) -> str:
          f"{times(many['throughput, served / one process'], 2)}"],
         ["continuous batching", "static batches sorted by length, speed", f"{span(batches)}x"],
     ]  # fmt: skip
-    return table(["what", "against", "measured"], [*rows, jacobi_steps(results["reproduction"])])
+    rows.append(jacobi_steps(results["reproduction"]))
+    return table(["what", "against", "measured"], [*rows, *alignment(results["paper_tables"])])
+
+
+def alignment(paper: dict[str, Any]) -> list[list[str]]:
+    """What a DiffPO refiner made of a language model is worth by a reward model, with the control that tells why."""
+    sets = {name: Answers(columns) for name, columns in paper["answers"].items()}
+    against = {"the base": "base", "+ DPO": "dpo", "+ SimPO": "simpo", "plain fine-tuning": "ar"}
+    found = {said: difference(sets["diffpo"], sets[name]) for said, name in against.items()}
+    verdict = "" if found["plain fine-tuning"].low > 0 else ": not above that"
+    given, random = sets["base + diffpo, 4 steps"], sets["base + diffpo, 4 steps, random"]
+    earned = difference(given, random)
+    return [
+        ["a 135M DiffPO refiner, converged", "the base it is made of, reward", f"+{told(found['the base'])}"],
+        ["", "the base + DPO / + SimPO, reward", f"+{told(found['+ DPO'])} / +{told(found['+ SimPO'])}"],
+        ["", "plain fine-tuning on the same responses, reward", told(found["plain fine-tuning"]) + verdict],
+        ["the same after 4 steps from the base's draft", "from a random draft, reward",
+         told(earned) + ("" if earned.low > 0 else ": the draft earns nothing")],
+    ]  # fmt: skip
 
 
 def jacobi_steps(reproduction: dict[str, Any]) -> list[str]:
