@@ -91,8 +91,8 @@ def main() -> int:
         if curve.name.startswith(tuple(args.only.split(","))):
             results["curves"].append(record(curve, unit, measure()))
             results["machine"] |= {"load_after": os.getloadavg()[0], "seconds": round(time.monotonic() - start)}
-            path.write_text(json.dumps(results, indent=1) + "\n")  # curve by curve: an interrupted run keeps them
-    plot(results, path.with_suffix(".png"))
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            plot(results, path.with_suffix(".png"))  # curve by curve: an interrupted run keeps them
     print(f"{path}, {results['machine']['seconds']} s")
     return 0
 

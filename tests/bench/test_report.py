@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
 
+from bench.measure import command
 from bench.report.html import standalone
 from bench.report.pages import PAGES, ROOT, TEMPLATES, fill, included, stated, with_parts
 from bench.report.results import SOURCES, UNUSED, Results, about, listing
@@ -75,6 +77,13 @@ def test_a_run_says_what_it_noted_and_what_it_did_not(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"machine": {"command": "python -m bench.bench_job --rows 5"}}))
     assert "Hardware: not recorded" in about(Results(tmp_path), "job")
     assert "command: `python -m bench.bench_job --rows 5`; commit" in about(Results(tmp_path), "job")
+
+
+def test_a_command_names_files_without_their_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--drafts", "/some/folder/d.jsonl", "--out=/a/b.json", "bench/suite", "a note"]
+    )
+    assert command().endswith(" --drafts d.jsonl --out=b.json bench/suite 'a note'")
 
 
 def with_links_to(results: Results, folder: Path) -> Results:
