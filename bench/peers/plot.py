@@ -30,12 +30,12 @@ def lines(results: Results) -> dict[str, list[str]]:
 
 
 def draw(results: Results, batch: str, panel: Any) -> None:
-    """Medians and quartiles of seconds; mean rewards with 95% intervals."""
+    """Medians and quartiles of the CPU seconds of a batch; mean rewards with 95% intervals."""
     for number, (label, names) in enumerate(lines(results).items()):
         shown = [(name, found) for name in names if (found := figures.columns(results, name, batch)) is not None]
         if not shown:
             continue
-        seconds = [figures.seconds(found) for _, found in shown]
+        seconds = [found["cpu"] for _, found in shown]
         means = [figures.mean(figures.scores(results, name)) for name, _ in shown]
         x, y = [percentile(values, 50) for values in seconds], [one.mean for one in means]
         across = [[at - percentile(values, 25) for at, values in zip(x, seconds, strict=True)],
@@ -53,7 +53,7 @@ def draw(results: Results, batch: str, panel: Any) -> None:
                     textcoords="offset points",
                     xytext=(3, 3),
                 )
-    panel.set(title=batch, xlabel="seconds to the answer, median", xscale="log")
+    panel.set(title=batch, xlabel="CPU seconds of a batch, drafts included, median", xscale="log")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("{x:g}")
     panel.tick_params(axis="x", which="both", labelsize=7)

@@ -24,7 +24,9 @@ Base {base}, refiner {refiner}, rewards of {reward_model}; {prompts} held-out pr
 Seconds are the wait of one request whose batch was handed over as a whole. Where a method needs a draft the base model's
 time is in them, and so is the reward model's where it takes part. Prompt lookup, lookahead, *generate* and the public loop
 run on transformers' modules of the same weights, everything else on this engine's decoder; those of the four that take one
-request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. {same}
+request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. CPU seconds are those
+of a whole batch, its drafts included (threads: {threads}): on one thread, what it takes on a core that nobody else uses, while
+seconds of the clock hold other work on the machine as well. {same}
 
 *{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. What
 a draft can do for an answer is in the rows of few steps, and in *Aligner-style*, where {corrector}."""
@@ -73,27 +75,28 @@ def latencies(results: Results, batch: str) -> str:
         rows.append([
             method, str(len(seconds)), f"{percentile(seconds, 50):.2f}", f"{percentile(seconds, 95):.2f}",
             " + ".join(f"{average(found[part]):.2f}" for part in figures.PARTS),
-            estimate(figures.latency_ratio(results, method, REFINER, batch), 2),
+            estimate(figures.ratio(results, method, REFINER, batch), 2), f"{average(found['cpu']):.2f}",
+            estimate(figures.ratio(results, method, REFINER, batch, cpu=True), 2),
             *(f"{average(found[name]):,.0f}" for name in ("token_forwards", "sequential_steps", "reward_tokens")),
             f"{sum(same)} of {len(same)}" if same else "",
         ])  # fmt: skip
-    head = ["method", "answers", "p50, s", "p95, s", "draft + refinement + reward, s", f"/ {REFINER}", "token-forwards",
-            "sequential steps", "reward tokens", "same tokens"]  # fmt: skip
+    head = ["method", "answers", "p50, s", "p95, s", "draft + refinement + reward, s", f"/ {REFINER}", "CPU s of the batch",
+            f"/ {REFINER}", "token-forwards", "sequential steps", "reward tokens", "same tokens"]  # fmt: skip
     return markdown(head, rows)
 
 
 def against_search(results: Results) -> str:
-    """DiffPO beside methods that ask the reward model: the paper's comparison."""
+    """DiffPO beside methods that ask the reward model, the paper's comparison, in CPU seconds."""
     names, sizes = list(results["methods"]), figures.batches(results)
     rows = []
     for method in (
         name for name in names if name.startswith("DiffPO") and " loop" not in name and "window" not in name
     ):
         for other in (name for name in names if name.startswith(("best of", "ARGS"))):
-            ratios = [estimate(figures.latency_ratio(results, method, other, batch), 2) for batch in sizes]
+            ratios = [estimate(figures.ratio(results, method, other, batch, cpu=True), 2) for batch in sizes]
             gain = figures.difference(results, method, other)
             rows.append([method, other, str(gain.prompts), estimate(gain, sign="+"), *ratios])
-    return markdown(["method", "against", "prompts", "reward, difference", *(f"seconds /, {b}" for b in sizes)], rows)
+    return markdown(["method", "against", "prompts", "reward, difference", *(f"CPU s /, {b}" for b in sizes)], rows)
 
 
 def per_pass(results: Results) -> str:
@@ -107,9 +110,9 @@ def per_pass(results: Results) -> str:
                 average([s for p, s in zip(c["prompt"], c["sequential_steps"], strict=True) if p in shared])
                 for c in (found, plain)
             ]
-            ratio = estimate(figures.latency_ratio(results, method, other, "batch 1"), 2)
+            ratio = estimate(figures.ratio(results, method, other, "batch 1", cpu=True), 2)
             rows.append([method, f"{steps[0]:.1f}", f"{steps[1]:.1f}", ratio])
-    return markdown(["method", "steps", f"steps of {THEIR_CODE['refiner, lookahead']}", "seconds /"], rows)
+    return markdown(["method", "steps", f"steps of {THEIR_CODE['refiner, lookahead']}", "CPU s /"], rows)
 
 
 def page(results: Results) -> str:
@@ -134,7 +137,7 @@ def page(results: Results) -> str:
         **models, "corrector": corrector, **{name: settings[name] for name in ("prompts", "tokens", "dtype", "rounds")},
         "same": same, "converged": CONVERGED, "alone": REFINER,
         "loads": ", ".join(f"{b} {min(loads[b]):.1f} to {max(loads[b]):.1f}" for b in figures.batches(results)),
-        "temperature": settings["temperature"], "candidates": settings["candidates"],
+        "threads": results["machine"]["threads"], "temperature": settings["temperature"], "candidates": settings["candidates"],
     }  # fmt: skip
     parts = [
         ("Reward", rewards(results)),

@@ -1,7 +1,9 @@
 """How peers are measured, and what the page and the picture make of it."""
 
+import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ class Fixed:
     """A peer that answers with one token, and notes when it was asked for what."""
 
     def __init__(self, name: str, token: int, log: list[str], largest: int | None = None) -> None:
-        self.takes_draft, self.largest_batch = False, largest
+        self.takes_draft, self.largest_batch = name == "DiffPO", largest
         self._name, self._token, self._log = name, token, log
 
     def answer(self, requests: Sequence[Request], drafts: Sequence[Answer]) -> list[Answer]:
@@ -80,6 +82,15 @@ def test_peers_take_turns_and_get_what_they_can_take() -> None:
     assert (late["methods"], late["left_out"]) == ({}, 4)
 
 
+def test_cpu_time_is_of_the_batch_and_of_its_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: next(clock))
+    methods = small_run([], batches={2: 4})["methods"]
+    assert {name: found["batch 2"]["cpu"] for name, found in methods.items()} == {
+        "base": [1] * 4, REFINER: [1] * 4, CONVERGED: [2] * 2,
+    }  # fmt: skip
+
+
 def test_figures_are_of_pairs() -> None:
     results = small_run([], batches={1: 5}, limits={"best of 4": 4}, rounds=2)
     columns = results["methods"]["best of 4"]["batch 1"]
@@ -87,28 +98,39 @@ def test_figures_are_of_pairs() -> None:
     assert figures.scores(results, "best of 4") == {0: 4, 1: 14, 2: 24, 3: 34}
     gain = figures.difference(results, "best of 4", REFINER)
     assert (gain.mean, gain.low, gain.high, gain.prompts) == (2, 2, 2, 4)
-    ratio = figures.latency_ratio(results, "best of 4", REFINER, "batch 1")
+    ratio = figures.ratio(results, "best of 4", REFINER, "batch 1")
     expected = [math.log((value + 0.5) / 2.5) for value in columns["refinement"]]
     wanted = paired_bootstrap(expected)
     assert ratio is not None
     for got, value in zip((ratio.mean, ratio.low, ratio.high), (wanted.mean, wanted.low, wanted.high), strict=True):
         assert got == pytest.approx(math.exp(value))
-    assert figures.latency_ratio(results, "best of 4", REFINER, "batch 8") is None
+    assert figures.ratio(results, "best of 4", REFINER, "batch 8") is None
+    for name, seconds in ((REFINER, 2.0), ("best of 4", 3.0)):
+        found = results["methods"][name]["batch 1"]
+        found["cpu"] = [seconds] * len(found["prompt"])
+    of_cpu = figures.ratio(results, "best of 4", REFINER, "batch 1", cpu=True)
+    assert of_cpu is not None
+    assert of_cpu.low == pytest.approx(1.5)
+    assert of_cpu.high == pytest.approx(1.5)
 
 
 def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     results = small_run([], batches={1: 5, 2: 4}, limits={})
+    for name, measured in results["methods"].items():
+        for found in measured.values():
+            found["cpu"] = [3.0 if name == "base" else 4.0] * len(found["prompt"])
     assert rewards(results).splitlines()[2:4] == [
         "| base | 5 | 21.000 (9.000 to 33.000) |  | -1.000 (-1.000 to -1.000) | 1.0 |",
         "| refiner, token by token | 5 | 22.000 (10.000 to 34.000) | +1.000 (+1.000 to +1.000) |  | 1.0 |",
     ]
     lines_of_two = latencies(results, "batch 2").splitlines()
-    assert lines_of_two[2] == "| base | 4 | 1.50 | 1.50 | 0.50 + 1.00 + 0.00 | 0.60 | 9 | 4 | 2 |  |"
+    assert lines_of_two[2] == "| base | 4 | 1.50 | 1.50 | 0.50 + 1.00 + 0.00 | 0.60 | 3.00 | 0.75 | 9 | 4 | 2 |  |"
     assert lines_of_two[-1].startswith("| DiffPO, converged | 4 | 2.50 | 2.50 |")
     assert lines_of_two[-1].endswith("| 4 of 4 |")
     assert "best of 4" in latencies(results, "batch 1")
     assert "best of 4" not in latencies(results, "batch 2")
     results |= {
+        "machine": {"threads": 1},
         "settings": {
             "models": {"base": "b", "refiner": "r", "reward_model": "w", "corrector": None},
             "prompts": 5, "tokens": 8, "rounds": 1, "dtype": "float32", "temperature": 0.7, "candidates": 5,
