@@ -25,7 +25,7 @@ Seconds are the wait of one request whose batch was handed over as a whole. Wher
 time is in them, and so is the reward model's where it takes part. Prompt lookup, lookahead, *generate* and the public loop
 run on transformers' modules of the same weights, everything else on this engine's decoder; those of the four that take one
 request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. CPU seconds are those
-of a whole batch, its drafts included (threads: {threads}): on one thread, what it takes on a core that nobody else uses, while
+of a whole batch, its drafts included (threads: {threads}): on one thread, about what it takes on a core of its own, while
 seconds of the clock hold other work on the machine as well. {same}
 
 *{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. What
