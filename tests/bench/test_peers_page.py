@@ -14,6 +14,7 @@ from bench.peers import figures
 from bench.peers.__main__ import batch_plan, limits, parse, read_prompts
 from bench.peers.answer import Answer, Cost
 from bench.peers.catalogue import CONVERGED, REFINER
+from bench.peers.join import join
 from bench.peers.measure import COLUMNS, measure
 from bench.peers.plot import lines, plot
 from bench.peers.table import latencies, page, rewards
@@ -148,6 +149,24 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
     plot(results, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
     assert lines(results)["DiffPO, by steps"] == [CONVERGED]
+
+
+def test_runs_are_joined_if_their_settings_are_the_same() -> None:
+    parts = [small_run([], batches={1: 2}), small_run([], batches={1: 1, 2: 4})]
+    for number, part in enumerate(parts):
+        part |= {"settings": {"tokens": 8}, "machine": {"load_before": number}}
+    joined = join(parts)
+    found = joined["methods"][REFINER]
+    assert found["batch 1"]["turn"] == [0, 1, 2]
+    assert found["batch 1"]["prompt"] == [0, 1, 0]
+    assert found["batch 2"] == parts[1]["methods"][REFINER]["batch 2"]
+    assert {batch: len(loads) for batch, loads in joined["loads"].items()} == {"batch 1": 3, "batch 2": 2}
+    assert joined["machine"] == {"load_before": 0}
+    assert joined["machines"] == [{"load_before": 0}, {"load_before": 1}]
+    assert parts[0]["methods"][REFINER]["batch 1"]["turn"] == [0, 1]
+    parts[1]["settings"] = {"tokens": 9}
+    with pytest.raises(ValueError, match="same settings"):
+        join(parts)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
