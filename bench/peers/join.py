@@ -14,7 +14,7 @@ from bench.reproduction.measure import dump
 
 
 def join(runs: list[Results]) -> Results:
-    """The batches of all runs; ``machine`` is the first run's and ``machines`` holds all. Raises ValueError where runs differ in
+    """The batches of all runs; ``machine`` is the first run's, ``machines`` holds all. Raises ValueError where they differ in
     their settings, which would compare what cannot be compared."""
     first, *others = runs
     joined: Results = json.loads(json.dumps(first))
