@@ -21,8 +21,8 @@ def columns(results: Results, method: str, batch: str) -> Columns | None:
 
 
 def batches(results: Results) -> list[str]:
-    """Names of the batch sizes, smallest first."""
-    return sorted(results["loads"], key=lambda name: int(name.split()[1]))
+    """Names of the batch sizes that were measured, smallest first."""
+    return sorted((name for name, loads in results["loads"].items() if loads), key=lambda name: int(name.split()[1]))
 
 
 def scores(results: Results, method: str) -> dict[int, float]:

@@ -28,9 +28,12 @@ request at a time are measured at batch 1 only. Ratios are geometric means of pa
 of a whole batch, its drafts included (threads: {threads}): on one thread, about what it takes on a core of its own, while
 seconds of the clock hold other work on the machine as well. {same}
 
-*{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. What
-a draft can do for an answer is in the rows of few steps, and in *Aligner-style*, where {corrector}."""
+*{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. The
+rewards of other methods that give the same tokens are those of their reference, too. What a draft can do for an answer is in
+the rows of few steps, and in *Aligner-style*, where {corrector}."""
 
+SAME = 0.05
+"""Ratios that differ from one by less are called the same: so much do rounds of one method differ."""
 FEWEST = 4
 """Prompts or batches that an interval is given for."""
 
@@ -50,9 +53,9 @@ def estimate(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
 
 
 def rewards(results: Results) -> str:
-    """A row per method; differences are taken prompt by prompt."""
+    """A row per method whose answers are its own, and one for DiffPO run to convergence; differences are taken prompt by prompt."""
     rows = []
-    for method in results["methods"]:
+    for method in (name for name in results["methods"] if name == CONVERGED or not reference(name)):
         own = figures.scores(results, method)
         against = [
             "" if method == other else estimate(figures.difference(results, method, other), sign="+")
@@ -85,6 +88,22 @@ def latencies(results: Results, batch: str) -> str:
     return markdown(head, rows)
 
 
+def beaten(results: Results) -> str:
+    """Which methods the refiner by itself, token by token, is better than in reward at no higher cost."""
+    worse, surely = [], []
+    for method in (name for name in results["methods"] if name not in (REFINER, CONVERGED) and not reference(name)):
+        ratios = [figures.ratio(results, method, REFINER, batch, cpu=True) for batch in figures.batches(results)]
+        gain = figures.difference(results, method, REFINER)
+        if gain.prompts >= FEWEST and gain.mean < 0 and all(found is None or found.mean > 1 - SAME for found in ratios):
+            worse.append(method)
+            surely += [method] * (gain.high < 0)
+    return (
+        f"*{REFINER}*, which needs no draft, has a higher mean reward and takes no more CPU seconds (within {SAME:.0%}) at every"
+        f" batch size than: {'; '.join(worse) or 'none'}. The interval of the difference in reward excludes zero for:"
+        f" {'; '.join(surely) or 'none'}."
+    )
+
+
 def against_search(results: Results) -> str:
     """DiffPO beside methods that ask the reward model, the paper's comparison, in CPU seconds."""
     names, sizes = list(results["methods"]), figures.batches(results)
@@ -95,7 +114,8 @@ def against_search(results: Results) -> str:
         for other in (name for name in names if name.startswith(("best of", "ARGS"))):
             ratios = [estimate(figures.ratio(results, method, other, batch, cpu=True), 2) for batch in sizes]
             gain = figures.difference(results, method, other)
-            rows.append([method, other, str(gain.prompts), estimate(gain, sign="+"), *ratios])
+            if gain.prompts >= FEWEST:
+                rows.append([method, other, str(gain.prompts), estimate(gain, sign="+"), *ratios])
     return markdown(["method", "against", "prompts", "reward, difference", *(f"CPU s /, {b}" for b in sizes)], rows)
 
 
@@ -140,7 +160,7 @@ def page(results: Results) -> str:
         "threads": results["machine"]["threads"], "temperature": settings["temperature"], "candidates": settings["candidates"],
     }  # fmt: skip
     parts = [
-        ("Reward", rewards(results)),
+        ("Reward", f"{rewards(results)}\n\n{beaten(results)}"),
         ("DiffPO against search with a reward model", against_search(results)),
         *((f"Latency and work, {batch}", latencies(results, batch)) for batch in figures.batches(results)),
         ("Lossless decoding on transformers' modules", per_pass(results)),

@@ -138,6 +138,11 @@ def test_tables_say_what_the_results_say(tmp_path: Path) -> None:
         }
     }  # fmt: skip
     text = page(results)
+    worse = text.split("at every batch size than: ")[1]
+    assert worse.startswith("none. ")  # the base model's reward is lower, and so is its time
+    for found in results["methods"]["base"].values():
+        found["cpu"] = [5.0] * len(found["cpu"])
+    assert "batch size than: base. The interval of the difference in reward excludes zero for: base." in page(results)
     assert "All answers that must have the same tokens have them." in text
     assert "| DiffPO, converged | best of 4 | 5 | -2.000 (-2.000 to -2.000) |" in text
     assert "for which it was not trained" in text
