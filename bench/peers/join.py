@@ -38,9 +38,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--note", help="what is to be known of the runs, in place of the first one's")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
     args = parser.parse_args()
-    args.out.write_text(dump(join([json.loads(path.read_text()) for path in args.runs])))
+    joined = join([json.loads(path.read_text()) for path in args.runs])
+    args.out.write_text(dump(joined | ({"note": args.note} if args.note else {})))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def estimate(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
 
 
 def rewards(results: Results) -> str:
-    """A row per method whose answers are its own, and one for DiffPO run to convergence; differences are taken prompt by prompt."""
+    """A row per method whose answers are its own, and one for converged DiffPO; differences are taken prompt by prompt."""
     rows = []
     for method in (name for name in results["methods"] if name == CONVERGED or not reference(name)):
         own = figures.scores(results, method)
@@ -98,8 +98,8 @@ def beaten(results: Results) -> str:
             worse.append(method)
             surely += [method] * (gain.high < 0)
     return (
-        f"*{REFINER}*, which needs no draft, has a higher mean reward and takes no more CPU seconds (within {SAME:.0%}) at every"
-        f" batch size than: {'; '.join(worse) or 'none'}. The interval of the difference in reward excludes zero for:"
+        f"*{REFINER}*, which needs no draft, has a higher mean reward and takes no more CPU seconds (within {SAME:.0%})"
+        f" at every batch size than: {'; '.join(worse) or 'none'}. The interval of the difference in reward excludes zero for:"
         f" {'; '.join(surely) or 'none'}."
     )
 
