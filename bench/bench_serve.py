@@ -25,7 +25,7 @@ import torch
 
 from bench.bench_async import InProcess, about, parser
 from bench.bench_refine import read_drafts
-from bench.load import LIMITS, Shed, Subject
+from bench.load import LIMITS, QUEUE, Shed, Subject
 from bench.measure import save
 from engine import RefineOptions
 from engine.refiner import DEFAULT_CHECKPOINT
@@ -48,6 +48,7 @@ class OverHTTP(Subject):
         self.server = subprocess.Popen(
             [
                 sys.executable, "-m", "engine.serve", "--model", str(folder), "--port", "0",
+                f"--max-queue-requests={QUEUE}", f"--max-in-progress={8 * QUEUE}",
                 *(f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()),
             ],
             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -118,7 +119,8 @@ async def measure(clients: int, seconds: float, loads: list[float]) -> dict[str,
         await asyncio.sleep(1)
         _, _, metrics = await subject.fetch("GET", "/metrics")
         out["at rest"] = levels(metrics.decode())
-        print("at rest:", out["at rest"], flush=True)
+        out["counted by the clients"], out["counted by the server"] = dict(subject.counted), ends(metrics.decode())
+        print(*(f"{name}: {out[name]}" for name in (*out,)[-3:]), sep="\n", flush=True)
         out["against the engine in one process"] = await compare(
             subject, InProcess(DEFAULT_CHECKPOINT, requests, OPTIONS), clients, seconds / 20
         )
@@ -131,6 +133,14 @@ def levels(metrics: str) -> dict[str, float]:
     """Gauges of /metrics: who waits, who runs, what is free."""
     gauges = re.findall(r"^# TYPE (\S+)(?<!_created) gauge$", metrics, re.M)
     return {name: float(match[1]) for name in gauges if (match := re.search(rf"^{name} (\S+)$", metrics, re.M))}
+
+
+def ends(metrics: str) -> dict[str, int]:
+    """How requests ended by the server's own account, which a lost or doubled answer would make another than the clients'."""
+    found = re.findall(r'^diffpo_requests_total{reason="(\w+)"} (\S+)$', metrics, re.M)
+    counts = {reason: int(float(count)) for reason, count in found}
+    answered = sum(counts.pop(reason, 0) for reason in ("eos", "length", "steps"))
+    return {"answered": answered, "refused": counts.pop("shed", 0), **counts}
 
 
 async def compare(served: OverHTTP, own: InProcess, clients: int, seconds: float) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from engine import RefineOptions, Refiner
 
 LIMITS = {"kv_cache_tokens": 16_384, "max_batch_size": 32}
 QUEUE = 128
+LONGEST = 120.0
+"""Seconds after which a request without any answer is lost."""
 
 
 class Shed(Exception):
@@ -30,6 +32,7 @@ class Tally:
     """What became of the requests of one load; seconds."""
 
     sent: int = 0
+    lost: int = 0
     answered: list[float] = field(default_factory=list)
     shed: list[float] = field(default_factory=list)
     hints: list[float] = field(default_factory=list)
@@ -38,10 +41,10 @@ class Tally:
     resident: list[float] = field(default_factory=list)
 
     def report(self, seconds: float) -> dict[str, Any]:
-        ended = len(self.answered) + len(self.shed) + sum(self.others.values())
+        ended = len(self.answered) + len(self.shed) + sum(self.others.values()) + self.lost
         return {
             "seconds": round(seconds, 2), "sent": self.sent, "answered": len(self.answered), "shed": len(self.shed),
-            "lost": self.sent - ended, "wrong answers": self.wrong, "other errors": dict(self.others),
+            "lost": self.lost + self.sent - ended, "wrong answers": self.wrong, "other errors": dict(self.others),
             "answers/s": round(len(self.answered) / seconds, 1), "latency ms": percentiles(self.answered),
             "shed told after ms": percentiles(self.shed),
             "retry hint s": percentiles(self.hints, 1.0),
@@ -72,6 +75,7 @@ class Subject(ABC):
         with Refiner.from_pretrained(folder, **LIMITS) as refiner:
             self.answers = [result.token_ids for result in refiner.refine(requests, options)]
         self.draw = random.Random(1)
+        self.counted: Counter[str] = Counter()
 
     @property
     @abstractmethod
@@ -89,13 +93,17 @@ class Subject(ABC):
         tally.sent += 1
         before = time.perf_counter()
         try:
-            of, tokens = await self.answer({**self.requests[which], "id": identity})
+            of, tokens = await asyncio.wait_for(self.answer({**self.requests[which], "id": identity}), LONGEST)
+        except asyncio.TimeoutError:
+            tally.lost += 1
         except Shed as error:
+            self.counted["refused"] += 1
             tally.shed.append(time.perf_counter() - before)
             tally.hints.append(error.retry_after)
         except Exception as error:
             tally.others[type(error).__name__] += 1
         else:
+            self.counted["answered"] += 1
             tally.answered.append(time.perf_counter() - before)
             tally.wrong += of != identity or tokens != self.answers[which]
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -107,7 +108,7 @@ def command() -> str:
     """This process's, of files their names alone: where they lie is of no interest elsewhere."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = [re.sub(r"(^|=)/[^=]*/", r"\1", word) for word in sys.argv[1:]]
     return shlex.join(["python", *start, *words])
 
 

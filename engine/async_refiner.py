@@ -59,6 +59,7 @@ class AsyncRefiner:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         self._process = os.getpid()
         self._refiner = refiner
+        self._decoder = refiner._codec.copy()  # event loops decode: they must not wait while another thread encodes
         self._clock = time.monotonic
         self._numbers = itertools.count()
         self._reporter = Reporter(metrics)
@@ -105,7 +106,7 @@ class AsyncRefiner:
         finally:
             self._leave(ticket)
         assert isinstance(news, Finished)
-        return ticket.result(news, self._refiner._codec)
+        return ticket.result(news, self._decoder)
 
     async def stream(
         self,
@@ -124,7 +125,7 @@ class AsyncRefiner:
         try:
             while True:
                 news = await ticket.mailbox.get()
-                yield ticket.iterate(news, self._refiner._codec)
+                yield ticket.iterate(news, self._decoder)
                 if isinstance(news, Finished):
                     return
         finally:
@@ -144,20 +145,31 @@ class AsyncRefiner:
         """Whether it takes requests: neither closed, nor closing, nor failed, nor in a forked process."""
         return os.getpid() == self._process and not self._admission.closed
 
+    @property
+    def retry_after(self) -> float:
+        """Seconds in which those who wait now will all be in the batch, as fast as lately: QueueFull's hint, for callers that
+        turn requests away themselves. May be read anywhere."""
+        self._check_process()
+        return self._admission.retry_after
+
     async def pause(self, *, finish: bool = False) -> None:
         """Returns when the engine stands still, between two steps; with ``finish`` when what is in the batch is done.
 
-        Requests are still let in to the queue, cancelled, and ended by their deadlines. A cancelled call pauses nothing.
+        Requests are still let in to the queue, cancelled, and ended by their deadlines. A cancelled call pauses nothing,
+        and leaves an engine that others have paused as it is. Raises EngineError if another call resumes it, or stops it at
+        once, before the batch was done.
         """
+        self._check_process()
+        mailbox: Mailbox[bool] = Mailbox()
+        self._worker.inbox.post(partial(self._worker.pause, mailbox, finish=finish), mailbox)
         try:
-            await self._ask(lambda mailbox: partial(self._worker.pause, mailbox, finish=finish))
+            await mailbox.get()
         except asyncio.CancelledError:
-            with suppress(EngineDead):
-                self.resume()
+            self._worker.inbox.whisper(partial(self._worker.withdraw, mailbox))
             raise
 
     def resume(self) -> None:
-        """Goes on after ``pause``."""
+        """Goes on, however often ``pause`` was called."""
         self._check_process()
         self._worker.inbox.post(self._worker.resume, Mailbox())
 

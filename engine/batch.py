@@ -20,6 +20,12 @@ class Feed:
     """First of these rows whose prediction is wanted; len(tokens): none is."""
 
 
+def staged(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` in memory from which a copy to a GPU waits for nobody: from other memory the host would wait until all that
+    was launched before, such as a step of the device loop, is done."""
+    return values.pin_memory() if device.type == "cuda" else values
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """Rows of different sequences side by side on one axis of length t, no padding anywhere."""
@@ -58,7 +64,8 @@ class StepBatch:
         )
 
         def tensor(array: np.ndarray, dtype: type = np.int64) -> Tensor:
-            return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+            values = torch.from_numpy(array.astype(dtype, copy=False))
+            return staged(values, device).to(device, non_blocking=device.type == "cuda")
 
         return cls(
             token_ids=tensor(tokens),

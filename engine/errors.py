@@ -18,7 +18,7 @@ class NonFiniteLogits(EngineError):
 
 
 class OutOfMemory(EngineError):
-    """A forward pass did not fit into memory; the requests in it end, the others go on."""
+    """A forward pass for this request alone did not fit into memory; the others go on."""
 
 
 class UnsupportedModel(EngineError):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from engine.batch import staged
 from engine.jacobi import JacobiSequence
 from engine.kernels import Field, JacobiState, Phase
 from engine.kernels.jacobi_state import LONGEST_TEXT, MOST_GUESSES
@@ -64,7 +65,7 @@ def fill(state: JacobiState, slot: int, sequence: JacobiSequence, pad: int) -> N
         (state.seeds[slot], torch.tensor(sequence.seed)),
         (state.fields[slot], torch.tensor(_fields(sequence, len(text)), dtype=torch.int32)),
     ):
-        to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
+        to.copy_(staged(values, to.device), non_blocking=True)
 
 
 def _fields(sequence: JacobiSequence, places: int) -> list[int]:

@@ -23,6 +23,8 @@ from engine.refine import LOAD_DEFAULTS, add_model_options, add_option, add_refi
 if TYPE_CHECKING:
     from engine.server import Settings
 
+QUEUE_DEFAULTS = {"max_queue_requests": 1024, "max_queue_tokens": 262_144}
+"""Those of AsyncRefiner, without importing it."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _EPILOG = """\
@@ -53,8 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_server_options(group: argparse._ArgumentGroup) -> None:
-    from_name = {"max-answer": 1024, "max-in-progress": 256, "max-body-bytes": 1 << 20, "timeout": 300.0}
-    defaults = {name.replace("-", "_"): value for name, value in from_name.items()}
+    defaults = {
+        "max_answer": 1024, "max_in_progress": 256, **QUEUE_DEFAULTS, "max_body_bytes": 1 << 20, "timeout": 300.0,
+    }  # fmt: skip
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=int, default=8321, help="0: any that is free (default: %(default)s)")
     text = "environment variable with the bearer token that clients must bring (default: %(default)s)"
@@ -63,6 +66,8 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--allow-anyone", action="store_true", help=text)
     add_option(group, "max-answer", defaults, "longest answer in tokens that a request may ask for")
     add_option(group, "max-in-progress", defaults, "requests worked on at once; more are told to come again")
+    add_option(group, "max-queue-requests", defaults, "refinements that may wait for a place in the batch")
+    add_option(group, "max-queue-tokens", defaults, "their tokens, prompts and longest answers")
     add_option(group, "max-body-bytes", defaults, "longest body of a request")
     add_option(group, "timeout", defaults, "seconds that a request may take, its draft included")
     text = "seconds for which what is in progress may go on after SIGTERM (default: %(default)s)"
@@ -142,9 +147,12 @@ async def serve(args: argparse.Namespace, settings: "Settings", bound: socket.so
 
     from engine.async_refiner import AsyncRefiner
     from engine.server import create_app
+    from engine.server.protocol import Protocol
     from engine.service.prometheus import PrometheusMetrics
 
-    loading: dict[str, Any] = {name: getattr(args, name) for name in (*LOAD_DEFAULTS, "trust_remote_code")}
+    loading: dict[str, Any] = {
+        name: getattr(args, name) for name in (*LOAD_DEFAULTS, *QUEUE_DEFAULTS, "trust_remote_code")
+    }
     registry = CollectorRegistry()
     refiner = AsyncRefiner.from_pretrained(args.model, metrics=PrometheusMetrics(registry), **loading)
     app = create_app(refiner, settings, registry=registry)
@@ -166,8 +174,9 @@ async def serve(args: argparse.Namespace, settings: "Settings", bound: socket.so
             await refiner.close(drain=False)  # of its requests only those are left whose time is over
 
     config = uvicorn.Config(
-        app, access_log=args.access_log, log_level="info" if args.access_log else "warning", server_header=False,
-        timeout_graceful_shutdown=args.grace, lifespan="on",
+        app, http=Protocol, ws="none", proxy_headers=False, server_header=False, lifespan="on",
+        access_log=args.access_log, log_level="info" if args.access_log else "warning",
+        timeout_graceful_shutdown=args.grace,
     )  # fmt: skip
     try:
         await Server(config).serve([bound])

@@ -1,9 +1,11 @@
 """From a request's text to the refiner's tokens and back: its own chat template, tokenised once."""
 
+import copy
 import functools
 import logging
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,10 @@ class TextCodec:
 
         A draft as text gets the end of the turn behind it, unless ``keep_prefix`` would keep that as well.
         """
-        with self._lock:
+        # what is in token ids already does not wait for somebody else's long text
+        ready = request.prompt_ids is not None and not request.draft
+        lock: AbstractContextManager[object] = nullcontext() if ready else self._lock
+        with lock:
             prompt, draft = self._encode(request, condition, keep_prefix)
         self._check_range("prompt_ids", prompt)
         self._check_range("draft_ids", draft)
@@ -83,7 +88,12 @@ class TextCodec:
                 draft = draft + self._end_of_turn
         return prompt, draft
 
+    def copy(self) -> "TextCodec":
+        """One with a tokenizer of its own, whose ``decode`` never waits for a text that is encoded here."""
+        return TextCodec(copy.deepcopy(self.tokenizer), self.vocabulary)
+
     def decode(self, token_ids: list[int]) -> str | None:
+        """The text of an answer, without special tokens; None without a tokenizer."""
         if self.tokenizer is None:
             return None
         with self._lock:

@@ -31,7 +31,7 @@ def main() -> int:
         print(f"{'wrote' if args.write else 'differs from the results:'} {path.relative_to(ROOT)}")
     if args.write:
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(standalone(results.folder / "README.md"))
+        args.html.write_text(standalone(results.folder / "README.md", args.html.parent))
         print(f"wrote {args.html}")
     return int(bool(differ) and not args.write)
 

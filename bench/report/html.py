@@ -1,7 +1,9 @@
 """A page as one HTML file, its pictures inside it."""
 
 import base64
+import html
 import mimetypes
+import os
 import re
 from pathlib import Path
 
@@ -18,18 +20,27 @@ th { background: #f3f4f6 } code { background: #f3f4f6; padding: 0 .2rem } img { 
 """
 
 
-def standalone(page: Path) -> str:
-    """The Markdown file as HTML that needs no other file; links to files beside it stay links."""
+def standalone(page: Path, folder: Path) -> str:
+    """The Markdown file as HTML, to lie in ``folder``, that needs no other file; links to files beside the page stay links."""
     from markdown_it import MarkdownIt  # of the extra "bench"
 
     body = MarkdownIt("commonmark").enable("table").render(page.read_text())
     body = re.sub(r'src="([^":]+)"', lambda found: f'src="{data_url(page.parent / found[1])}"', body)
+    body = re.sub(r"<(h[2-6])>(.*?)</h", lambda found: f'<{found[1]} id="{anchor(found[2])}">{found[2]}</h', body)
+    beside = os.path.relpath(page.parent, folder)
+    body = re.sub(r'href="([^":#][^":]*)"', lambda found: f'href="{beside}/{found[1]}"', body)
     title = re.search(r"<h1>(.*?)</h1>", body)
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title[1] if title else page.stem}</title>\n<style>{STYLE}</style>\n{body}</html>\n"
     )
+
+
+def anchor(heading: str) -> str:
+    """As GitHub names it."""
+    text = html.unescape(re.sub(r"<.*?>", "", heading)).lower()
+    return re.sub(r"[^\w -]", "", text).replace(" ", "-")
 
 
 def data_url(picture: Path) -> str:

@@ -14,6 +14,7 @@ from bench.measure import RESULTS
 from bench.reproduction.cases import CONTROLS
 from bench.reproduction.measure import STEPS, Columns
 from engine.evaluate.statistics import paired_bootstrap
+from engine.evaluate.tables import markdown
 
 REFERENCE = "ar"
 """The run that others are compared with."""
@@ -59,12 +60,6 @@ def cell(values: Values, digits: int = 3) -> str:
 def plain_cell(values: Values, digits: int = 3) -> str:
     """The mean alone."""
     return f"{interval(values)[0]:.{digits}f}" if values else "–"
-
-
-def markdown(head: Sequence[str], rows: Rows) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def accepted(columns: Columns, steps: str = "steps", model: str | None = None) -> Values:

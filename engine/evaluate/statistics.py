@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 DRAWS = 2000
 LEVEL = 0.95
+FEWEST = 6
+"""Prompts below which no interval should be shown: that all of five fall on one side by chance is likelier than one in twenty,
+and the bootstrap, which draws from these five, cannot know of the other side."""
 RIDGE = 0.001
 """Penalty on the squared coefficients of the length-controlled win rate, whose data weigh 1 a prompt: it keeps them finite
 where every comparison is won, and moves the rate of five prompts by about 0.0002, that of more by less."""

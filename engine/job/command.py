@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.job.interrupt import Interrupted, Signals
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 OTHER_FORMATS = (".csv", ".gz", ".parquet", ".tsv", ".zip", ".zst")
@@ -48,3 +49,22 @@ def engine_logs(say: Callable[[str], None]) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def exit_status(run: Callable[[Signals], int], say: Callable[[str], None]) -> int:
+    """Of a command that resumes what it finds begun: runs it, with what the engine logs said too, and says what ended it."""
+    with engine_logs(say), Signals() as signals:
+        try:
+            return run(signals)
+        except Interrupted as error:
+            say(f"interrupted by {error}: the same command goes on from here")
+            return error.exit_status
+        except KeyboardInterrupt:
+            say("interrupted twice")
+            return EXIT_INTERRUPTED
+        except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+            say(f"error: {explain(error)}")
+            return EXIT_USAGE
+        except (OSError, EngineError) as error:
+            say(f"error: {explain(error)}")
+            return EXIT_FAILED

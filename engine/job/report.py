@@ -94,10 +94,10 @@ def _ratio(total: float, count: float) -> str:
 class Reporter:
     """Progress on standard error: a bar on a terminal, else a line now and then; at the end a summary."""
 
-    def __init__(self, metrics_file: Path | None = None, rank: int | None = None) -> None:
+    def __init__(self, metrics_file: Path | None = None, rank: int | None = None, name: str = "engine.refine") -> None:
         self.statistics = Statistics()
         self._metrics_file = metrics_file
-        self._name = "engine.refine" if rank is None else f"engine.refine rank {rank}"
+        self._name = name if rank is None else f"{name} rank {rank}"
         self._bar_wanted = rank is None and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._total: int | None = None

@@ -91,6 +91,14 @@ class Source:
             raise OSError(f"{self.path} is not a whole gzip file: {error}") from error
 
 
+def open_regular(path: str) -> Source:
+    """A file that can be read again, when a run is resumed. Raises OSError, ValueError."""
+    source = Source.open(path)
+    if source.digest is None:
+        raise ValueError(f"{path} must be a regular file: it is read again when a run is resumed")
+    return source
+
+
 def _stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns

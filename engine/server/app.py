@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -113,7 +114,11 @@ def create_app(
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Gate, settings=settings, closing=lambda: server.draining)],
+        middleware=[
+            Middleware(
+                Gate, settings=settings, closing=lambda: server.draining, retry_after=lambda: refiner.retry_after
+            )
+        ],
         exception_handlers={
             ApiError: _tell, EngineError: _tell, HTTPException: _tell_http, Exception: _tell_unexpected
         },
@@ -141,9 +146,7 @@ async def _tell_http(request: HttpRequest, error: Exception) -> Response:
 
 async def _tell_unexpected(request: HttpRequest, error: Exception) -> Response:
     """A fault of this server, which is logged with its traceback by whoever runs the application."""
-    response = ApiError(500, f"unexpected {type(error).__name__}", code="unexpected").response()
-    response.headers["Connection"] = "close"  # as uvicorn does: the client must not use it again
-    return response
+    return ApiError(500, f"unexpected {type(error).__name__}", code="unexpected", close=True).response()
 
 
 def _json(value: dict[str, Any], status: int = 200) -> Response:

@@ -1,11 +1,22 @@
 """Errors as HTTP tells them: a status and OpenAI's error object."""
 
+import logging
 import math
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from engine.errors import DeadlineExceeded, EngineDead, EngineError, InvalidRequest, OutOfMemory, QueueFull
+from engine.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    NonFiniteLogits,
+    OutOfMemory,
+    QueueFull,
+)
+
+logger = logging.getLogger("engine.server")
 
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
@@ -16,14 +27,15 @@ STATUSES = tuple(_KINDS)
 
 
 class ApiError(Exception):
-    """An answer that is an error. ``retry_after``: seconds; ``code``: a word for programs."""
+    """An answer that is an error. ``retry_after``: seconds; ``code``: a word for programs; ``close``: whether the connection
+    must not be used again."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None,
-        retry_after: float | None = None,
+        retry_after: float | None = None, close: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+        self.status, self.code, self.param, self.retry_after, self.close = status, code, param, retry_after, close
 
     @property
     def body(self) -> dict[str, Any]:
@@ -38,6 +50,8 @@ class ApiError(Exception):
             headers["Retry-After"] = str(math.ceil(self.retry_after))  # the header has whole seconds only
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.close:
+            headers["Connection"] = "close"
         return headers
 
     def response(self) -> JSONResponse:
@@ -50,16 +64,22 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def api_error(error: EngineError) -> ApiError:
-    """What an error of the engine is to a client."""
-    text = str(error)
+    """What an error of the engine is to a client. What quotes a library's own words, which may name files and sizes of this
+    machine, is logged for its operator and told without them."""
+    text, code = str(error), type(error).__name__
     if isinstance(error, InvalidRequest):
-        return bad_request(text, code=type(error).__name__)
+        return bad_request(text, code=code)
     if isinstance(error, QueueFull):
-        return ApiError(429, text, code="QueueFull", retry_after=error.retry_after)
+        return ApiError(429, text, code=code, retry_after=error.retry_after)
     if isinstance(error, DeadlineExceeded):
-        return ApiError(504, text, code="DeadlineExceeded")
-    if isinstance(error, EngineDead):
-        return ApiError(503, text, code="EngineDead")
+        return ApiError(504, text, code=code)
+    if isinstance(error, NonFiniteLogits):
+        return ApiError(500, text, code=code)
+    if isinstance(error, EngineDead):  # which has been logged when it died
+        return ApiError(503, "the engine does not run any more: ask another server", code=code)
+    logger.error("a request failed", exc_info=error)
     if isinstance(error, OutOfMemory):
-        return ApiError(503, text, code="OutOfMemory", retry_after=1.0)
-    return ApiError(500, text, code=type(error).__name__)
+        return ApiError(
+            503, "too little memory for this request: ask for less, or again later", code=code, retry_after=1.0
+        )
+    return ApiError(500, "the engine failed on this request; its log says why", code=code)

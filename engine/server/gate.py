@@ -4,6 +4,7 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.errors import ApiError
@@ -20,11 +21,15 @@ DISCARDED = 4
 class Gate:
     """ASGI middleware. Reads the body whole, within its limits, and cancels the request when its client has gone."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, closing: Callable[[], bool]) -> None:
-        """``closing``: whether no further POST request is to be let in."""
+    def __init__(
+        self, app: ASGIApp, settings: Settings, closing: Callable[[], bool], retry_after: Callable[[], float]
+    ) -> None:
+        """``closing``: whether no further POST request is to be let in; ``retry_after``: seconds after which one that is told
+        to come again should."""
         self.app = app
         self.settings = settings
         self.closing = closing
+        self.retry_after = retry_after
         self.in_progress = 0
         self._token = None if settings.token is None else settings.token.encode()
 
@@ -79,6 +84,9 @@ class Gate:
             await error.response()(scope, receive, send)
 
     def _check_caller(self, scope: Scope) -> None:
+        if _header(scope, b"content-length") and _header(scope, b"transfer-encoding"):
+            # whoever forwarded it may have read another body than this server would
+            raise ApiError(400, "a body has Content-Length or Transfer-Encoding, got both: send one", close=True)
         allowed = self.settings.allowed_hosts
         host = _header(scope, b"host").decode("latin-1")
         if allowed is not None and _host_name(host) not in allowed:
@@ -98,14 +106,15 @@ class Gate:
         if self.in_progress >= self.settings.max_in_progress:
             raise ApiError(
                 429, f"{self.in_progress} requests are in progress, as many as are allowed: try again",
-                code="too_many_requests", retry_after=1.0,
+                code="too_many_requests", retry_after=self.retry_after(),
             )  # fmt: skip
 
     async def _read_body(self, receive: Receive) -> bytes | None:
         """None: the client has gone."""
         try:
-            return await asyncio.wait_for(self._collect(receive), self.settings.body_timeout)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(self.settings.body_timeout):
+                return await self._collect(receive)
+        except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {self.settings.body_timeout} s") from None
 
     async def _collect(self, receive: Receive) -> bytes | None:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import anyio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -131,8 +132,10 @@ class RefineEndpoint:
         async with aclosing(self._base.write({"model": model, "messages": messages}, ending)) as texts:
             while True:
                 try:
-                    text = await asyncio.wait_for(anext(texts, None), _left(due))
-                except asyncio.TimeoutError:
+                    # not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with a result
+                    with anyio.fail_after(_left(due)):
+                        text = await anext(texts, None)
+                except TimeoutError:
                     raise ApiError(504, "the draft was not complete at the deadline", code="DeadlineExceeded") from None
                 if text is None:
                     break

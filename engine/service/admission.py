@@ -29,6 +29,12 @@ class Admission:
     def closed(self) -> bool:
         return self._closed is not None
 
+    @property
+    def retry_after(self) -> float:
+        """Seconds in which those who wait now will all be served, as fast as the last ones were."""
+        with self._lock:
+            return self._retry_after()
+
     def check(self, tokens: int = 1) -> None:
         """Raises QueueFull where a request of so many tokens would not be let in, EngineDead after ``close``."""
         with self._lock:
@@ -68,7 +74,6 @@ class Admission:
             )
 
     def _retry_after(self) -> float:
-        """Seconds in which those who wait now will all be served, as fast as the last ones were."""
         if not self._departures:
             return 1.0
         passed = self._clock() - self._departures[0][0]

@@ -64,12 +64,12 @@ class Ticket:
     """The step last told to the reader."""
 
     def __post_init__(self) -> None:
-        self.begin(self.sequence)
+        self.sequence.observed = self.streamed
 
-    def begin(self, sequence: JacobiSequence) -> None:
-        """The answer is that of ``sequence``, which has not been moved yet."""
-        self.sequence, self.told = sequence, 0
-        sequence.observed = self.streamed
+    def begin_anew(self) -> None:
+        """Forgets the answer so far; what was encoded on entry is kept, whatever has become of the caller's lists."""
+        self.sequence.begin_anew()
+        self.told = 0
 
     @property
     def tokens(self) -> int:

@@ -39,7 +39,8 @@ class Worker:
         self._running: dict[Ticket, None] = {}
         self._dated: dict[Ticket, None] = {}  # with a deadline
         self._mode: Literal["open", "finishing", "paused"] = "open"
-        self._pausing: list[Mailbox[bool]] = []
+        self._pauses: dict[Mailbox[bool], None] = {}  # asked for since the engine last went on
+        self._pausing: list[Mailbox[bool]] = []  # of those, who wait for the batch to be done
         self._closing = False
         self._closers: list[Mailbox[bool]] = []
 
@@ -92,15 +93,29 @@ class Worker:
         if self._closing:
             mailbox.put(EngineDead(CLOSED))
             return
-        self._pausing.append(mailbox)
+        self._pauses[mailbox] = None
         if finish and self._running:
+            self._pausing.append(mailbox)
             self._mode = "finishing"
-        else:
-            self._stand_still()
+            return
+        if not finish:
+            self._tell_pausing(EngineError("another call stopped the engine before the batch was done: pause again"))
+        self._pausing.append(mailbox)
+        self._stand_still()
+
+    def withdraw(self, mailbox: Mailbox[bool]) -> None:
+        """Undoes a pause whose caller has gone; the engine goes on if there was no other."""
+        if mailbox in self._pauses:
+            del self._pauses[mailbox]
+            if mailbox in self._pausing:
+                self._pausing.remove(mailbox)
+            if not self._pauses:
+                self.resume()
 
     def resume(self) -> None:
         if not self._closing:
             self._mode = "open"
+            self._pauses.clear()
             self._tell_pausing(EngineError("resumed, or closed, before the batch was done: pause again"))
 
     def update(self, weights: Decoder, mailbox: Mailbox[bool]) -> None:
@@ -113,7 +128,7 @@ class Worker:
                 model.assign(weights)
                 for ticket in self._running:
                     scheduler.cancel(ticket.sequence)
-                    ticket.begin(self._refiner._sequence(ticket.request, ticket.options))
+                    ticket.begin_anew()
                     scheduler.add(ticket.sequence)
         except EngineError as error:
             mailbox.put(error)
@@ -241,6 +256,7 @@ class Worker:
             mailbox.put(dead())
         for tickets in (self._running, self._queues, self._dated, self._pausing):
             tickets.clear()
+        self._reporter.levels(queued=0, queued_tokens=0, running=0, pages_free=0)
         self._refiner.close()
         for mailbox in self._closers:
             mailbox.put(True)

@@ -7,26 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from engine.errors import EngineError
-from engine.job.command import (
-    EXIT_ERROR_ROWS,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_USAGE,
-    check_output,
-    engine_logs,
-    explain,
-)
-from engine.job.interrupt import Interrupted, Signals
+from engine.job.command import EXIT_ERROR_ROWS, EXIT_OK, check_output, exit_status
+from engine.job.interrupt import Signals
 from engine.job.output import Refused
-from engine.job.settings import checkpoint_digest
-from engine.job.source import Source
+from engine.job.source import open_regular
 from engine.trajectories.build import Build, Client, Model
 from engine.trajectories.endpoint import Sampling, completions_url
 from engine.trajectories.options import build_parser
 from engine.trajectories.schema import read_rows
-from engine.trajectories.score import CallableScorer, FileScorer, Score, Scorer
+from engine.trajectories.score import SCORER_DEFAULTS, Score, choose_scorer
 from engine.trajectories.summary import Summary
 
 
@@ -38,28 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"engine.trajectories: {text}", file=sys.stderr, flush=True)
 
     command: Callable[..., int] = {"build": _build, "score": _score, "inspect": _inspect}[args.command]
-    with engine_logs(say), Signals() as signals:
-        try:
-            return command(args, say, signals)
-        except Interrupted as error:
-            say(f"interrupted by {error}: the same command goes on from here")
-            return error.exit_status
-        except KeyboardInterrupt:
-            say("interrupted twice")
-            return EXIT_INTERRUPTED
-        except (ValueError, FileNotFoundError, IsADirectoryError) as error:
-            say(f"error: {explain(error)}")
-            return EXIT_USAGE
-        except (OSError, EngineError) as error:
-            say(f"error: {explain(error)}")
-            return EXIT_FAILED
-
-
-def _source(path: str) -> Source:
-    source = Source.open(path)
-    if source.digest is None:
-        raise ValueError(f"{path} must be a regular file: it is read again when a run is resumed")
-    return source
+    return exit_status(lambda signals: command(args, say, signals), say)
 
 
 def _output(output: str, sources: Sequence[str]) -> Path:
@@ -77,8 +45,8 @@ def _build(args: argparse.Namespace, say: Callable[[str], None], signals: Signal
     with signals.at_once():
         job = Build(
             output=output,
-            prompts=[_source(path) for path in args.prompts],
-            responses=[_source(path) for path in args.responses],
+            prompts=[open_regular(path) for path in args.prompts],
+            responses=[open_regular(path) for path in args.responses],
             models=_models(args),
             sampling=Sampling(max_tokens=args.max_tokens, temperature=args.temperature),
             seed=args.seed,
@@ -132,8 +100,9 @@ def _models(args: argparse.Namespace) -> list[Model]:
 def _score(args: argparse.Namespace, say: Callable[[str], None], signals: Signals) -> int:
     output = _output(args.output, [args.input, *([args.rewards] if args.rewards else [])])
     with signals.at_once():
-        source = _source(args.input)
-        identity, load = _scorer(args, say)
+        source = open_regular(args.input)
+        options = {name: getattr(args, name) for name in SCORER_DEFAULTS}
+        identity, load = choose_scorer(args.reward_model, args.rewards, args.callable, options, say)
     job = Score(
         source=source,
         output=output,
@@ -143,33 +112,6 @@ def _score(args: argparse.Namespace, say: Callable[[str], None], signals: Signal
         retry_errors=args.retry_errors,
     )
     return EXIT_ERROR_ROWS if job.run(load, say, signals.check) else EXIT_OK
-
-
-def _scorer(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, object], Callable[[], Scorer]]:
-    """What identifies the scorer, and what loads it."""
-    if args.rewards is not None:
-        rewards = _source(args.rewards)
-        return {"rewards": rewards.digest}, lambda: FileScorer(rewards, say)
-    if args.callable is not None:
-        return {"callable": args.callable}, lambda: CallableScorer(args.callable)
-    from engine.weights import resolve_checkpoint
-
-    folder = resolve_checkpoint(args.reward_model)
-    identity = {"model": checkpoint_digest(folder), "dtype": args.dtype, "max_length": args.max_length}
-
-    def load() -> Scorer:
-        from engine.trajectories.reward_model import RewardModel
-
-        return RewardModel.load(
-            folder,
-            device=args.device,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-            trust_remote_code=args.trust_remote_code,
-        )
-
-    return identity, load
 
 
 def _inspect(args: argparse.Namespace, say: Callable[[str], None], signals: Signals) -> int:

@@ -1,10 +1,13 @@
 """Rewards of a sequence classification model of transformers, ArmoRM's kind included."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama import modeling_llama
 
 from engine.errors import UnsupportedModel
 from engine.text import load_tokenizer
@@ -43,9 +46,16 @@ class RewardModel:
         tokenizer = load_tokenizer(folder, trust_remote_code)
         if tokenizer is None:
             raise UnsupportedModel(f"{folder} holds no tokenizer: a reward model needs its own")
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        try:
+            with _what_armorm_imports():
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
+                )
+        except ImportError as error:
+            raise UnsupportedModel(
+                f"{folder} brings code that does not run with this transformers ({error}): install what it was written for, "
+                "score with it elsewhere, and give the rewards with --rewards"
+            ) from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise UnsupportedModel(
@@ -70,7 +80,10 @@ class RewardModel:
         longest, pad = max(map(len, batch)), self._pad or 0
         input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in batch], device=self._model.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch], device=self._model.device)
-        output = self._model(input_ids=input_ids, attention_mask=mask)
+        try:
+            output = self._model(input_ids=input_ids, attention_mask=mask)
+        except ValueError as error:  # ArmoRM looks for the start of the answer in the chat, and refuses one without it
+            raise ScoringFailed(f"the reward model refuses this chat: {error}") from error
         score = getattr(output, "score", None)
         values = output.logits if score is None else score
         if values.numel() != len(batch):
@@ -96,3 +109,17 @@ class RewardModel:
         # the rendered text already has its special tokens
         ids: list[int] = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
         return ids
+
+
+@contextmanager
+def _what_armorm_imports() -> Iterator[None]:
+    """ArmoRM's published code imports the text of a docstring that transformers 5 has no more: here it is, empty."""
+    name = "LLAMA_INPUTS_DOCSTRING"
+    if hasattr(modeling_llama, name):
+        yield
+        return
+    setattr(modeling_llama, name, "")
+    try:
+        yield
+    finally:
+        delattr(modeling_llama, name)

@@ -13,7 +13,8 @@ from engine.errors import EngineError, InvalidRequest, InvalidTrajectory
 from engine.job.book import open_book
 from engine.job.report import REPORT_SECONDS
 from engine.job.rows import encode
-from engine.job.source import Source
+from engine.job.settings import checkpoint_digest
+from engine.job.source import Source, open_regular
 from engine.trajectories.schema import (
     BadRow,
     Response,
@@ -126,6 +127,41 @@ class CallableScorer:
             for i, value in zip(places, values, strict=True):
                 rewards[i] = value
         return rewards
+
+
+SCORER_DEFAULTS: dict[str, Any] = {
+    "device": "cpu", "dtype": "float32", "batch_size": 8, "max_length": None, "trust_remote_code": False
+}  # fmt: skip
+"""Options of a reward model."""
+
+
+def choose_scorer(
+    reward_model: str | None,
+    rewards: str | None,
+    function: str | None,
+    options: dict[str, Any],
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], Callable[[], Scorer]]:
+    """What identifies the one of three scorers that is given, and what loads it; ``options`` are those of SCORER_DEFAULTS.
+    Raises ValueError, OSError, EngineError."""
+    if rewards is not None:
+        source = open_regular(rewards)
+        return {"rewards": source.digest}, lambda: FileScorer(source, say)
+    if function is not None:
+        return {"callable": function}, lambda: CallableScorer(function)
+    from engine.weights import resolve_checkpoint
+
+    if reward_model is None:
+        raise ValueError("there is no scorer: give a reward model, a file of rewards or a callable")
+    folder = resolve_checkpoint(reward_model)
+    identity = {"model": checkpoint_digest(folder), "dtype": options["dtype"], "max_length": options["max_length"]}
+
+    def load() -> Scorer:
+        from engine.trajectories.reward_model import RewardModel
+
+        return RewardModel.load(folder, **options)
+
+    return identity, load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

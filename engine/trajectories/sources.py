@@ -114,7 +114,7 @@ def _without_answer(messages: Any) -> Any:
 def _row(fields: Fields, messages: list[dict[str, str]]) -> TrajectoryRow:
     """The row of a chat that ends with the user's turn."""
     single = len(messages) == 1 and messages[0]["role"] == "user"
-    prompt = messages[0]["content"] if single else _transcript(messages)
+    prompt = messages[0]["content"] if single else transcript(messages)
     if not prompt.strip():
         raise InvalidTrajectory("the prompt is empty: leave the row out")
     identity = next((fields[name] for name in ("prompt_id", "id") if fields.get(name) is not None), None)
@@ -124,7 +124,8 @@ def _row(fields: Fields, messages: list[dict[str, str]]) -> TrajectoryRow:
     )
 
 
-def _transcript(messages: list[dict[str, str]]) -> str:
+def transcript(messages: list[dict[str, str]]) -> str:
+    """A chat as one text, each turn behind its speaker's name."""
     return "\n\n".join(f"{_NAMES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in messages)
 
 

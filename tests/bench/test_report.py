@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
 
+from bench.measure import command
 from bench.report.html import standalone
 from bench.report.pages import PAGES, ROOT, TEMPLATES, fill, included, stated, with_parts
 from bench.report.results import SOURCES, UNUSED, Results, about, listing
@@ -77,6 +79,13 @@ def test_a_run_says_what_it_noted_and_what_it_did_not(tmp_path: Path) -> None:
     assert "command: `python -m bench.bench_job --rows 5`; commit" in about(Results(tmp_path), "job")
 
 
+def test_a_command_names_files_without_their_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--drafts", "/some/folder/d.jsonl", "--out=/a/b.json", "bench/suite", "a note"]
+    )
+    assert command().endswith(" --drafts d.jsonl --out=b.json bench/suite 'a note'")
+
+
 def with_links_to(results: Results, folder: Path) -> Results:
     """A folder that shows the same results, and has room for more."""
     for path in results.folder.iterdir():
@@ -118,13 +127,22 @@ def test_what_is_missing_is_an_error(tmp_path: Path) -> None:
 
 def test_the_page_as_one_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"picture")
-    (tmp_path / "page.md").write_text("# Title & more\n\n| a |\n| --- |\n| 1 |\n\n![shown](a.png) [other](b.json)\n")
-    html = standalone(tmp_path / "page.md")
+    (tmp_path / "page.md").write_text(
+        "# Title & more\n\n| a |\n| --- |\n| 1 |\n\n![shown](a.png) [other](b.json)"
+        " [below](#paper-s-tables)\n\n## Paper s, `tables`\n"
+    )
+    html = standalone(tmp_path / "page.md", tmp_path / "build")
     assert "<title>Title &amp; more</title>" in html
     assert '<img src="data:image/png;base64,cGljdHVyZQ=="' in html
     assert "<td>1</td>" in html
-    assert '<a href="b.json">' in html
-    pictures = re.findall(r'src="([^"]{0,40})', standalone(PAGE))
+    assert '<a href="../b.json">' in html
+    whole = standalone(PAGE, ROOT / "build")
+    for link in re.findall(r'href="([^"]*)"', whole):
+        if link.startswith("#"):
+            assert f'id="{link[1:]}"' in whole
+        else:
+            assert ":" in link or (ROOT / "build" / link.split("#")[0]).resolve().exists(), link
+    pictures = re.findall(r'src="([^"]{0,40})', whole)
     assert pictures
     assert all(source.startswith("data:image/png;base64,") for source in pictures)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -94,6 +95,28 @@ def test_encode_gives_what_refine_feeds() -> None:
             for wrong, kind in (({"prompt": ""}, InvalidRequest), ({"prompt": "egg " * 3000}, RequestTooLong)):
                 with pytest.raises(kind):
                     refiner.encode(wrong)
+
+    run(ask())
+
+
+def test_an_event_loop_does_not_wait_for_a_long_text_that_another_thread_encodes() -> None:
+    """Answers are decoded, and requests of token ids let in, while the tokenizer is busy."""
+    options = RefineOptions(max_new_tokens=8)
+
+    async def ask() -> None:
+        async with AsyncRefiner.from_pretrained() as refiner:
+            text = {"prompt": "How do I boil an egg?"}
+            prompt_ids, _ = refiner.encode(text)
+            wanted = await refiner.refine(text, options)
+            busy = refiner._refiner._codec._lock
+            busy.acquire()
+            too_late = threading.Timer(20, busy.release)  # so that a failure ends too
+            too_late.start()
+            events = [event async for event in refiner.stream({"prompt_ids": prompt_ids}, options)]
+            assert busy.locked()
+            too_late.cancel()
+            busy.release()
+            assert events[-1].converged_text == wanted.text
 
     run(ask())
 
@@ -203,6 +226,53 @@ def test_new_weights_answer_with_the_new_model_and_lose_nobody(
     # two were in the batch: they finish with the old weights, or begin anew with the new ones
     assert done == (2 if finish else 0)
     assert [r.token_ids for r in results] == (old_answers[:2] if finish else new_answers[:2]) + new_answers[2:]
+
+
+def test_a_cancelled_pause_pauses_nothing_and_ends_no_other() -> None:
+    async def ask() -> None:
+        async with fragile() as (refiner, model):
+            gate, options = Gate(model), RefineOptions(max_new_tokens=30)
+            call = asyncio.ensure_future(refiner.refine({"prompt_ids": [2, 3]}, options))
+            await until(lambda: gate.passes == 1)
+            alone = asyncio.ensure_future(refiner.pause(finish=True))
+            await asyncio.sleep(0)
+            alone.cancel()
+            await asyncio.wait([alone])
+            gate.open()
+            assert (await call).token_ids == answer([2, 3], 30)
+            await refiner.pause()
+            second = asyncio.ensure_future(refiner.pause())
+            await asyncio.sleep(0)
+            second.cancel()
+            await asyncio.wait([second])
+            passes = gate.passes
+            later = asyncio.ensure_future(refiner.refine({"prompt_ids": [2, 4]}, options))
+            await asyncio.sleep(0.05)
+            assert gate.passes == passes
+            refiner.resume()
+            assert (await later).token_ids == answer([2, 4], 30)
+
+    run(ask())
+
+
+def test_new_weights_answer_what_was_asked_whatever_became_of_the_lists(oracle: Callable[[str], Oracle]) -> None:
+    """A request in the batch begins anew with the ids it entered with."""
+
+    async def ask() -> None:
+        async with AsyncRefiner.from_pretrained(oracle("llama").folder, kv_cache_tokens=512) as refiner:
+            gate, asked = Gate(refiner._refiner._alive().model), {"prompt_ids": list(PROMPTS[2]), "draft_ids": [5, 6]}
+            call = asyncio.ensure_future(refiner.refine(asked, RefineOptions(max_new_tokens=12, window=1)))
+            await until(lambda: gate.passes == 1)
+            asked["prompt_ids"][:] = [-1] * 600
+            asked["draft_ids"].clear()
+            update = asyncio.ensure_future(refiner.update_weights(oracle("llama").model.state_dict()))
+            inbox = refiner._worker.inbox
+            await until(lambda: len(inbox) > 0)
+            gate.open()
+            await update
+            assert (await call).token_ids == oracle("llama").greedy(PROMPTS[2], 12)
+
+    run(ask())
 
 
 def test_untied_weights_for_a_tied_model_are_refused(oracle: Callable[[str], Oracle]) -> None:

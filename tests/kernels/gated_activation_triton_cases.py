@@ -8,7 +8,7 @@ from engine.kernels.gated_activation import Activation
 from engine.kernels.gpu import gated_activation as gpu
 from tests.kernels.references import activated, assert_accurate, randn
 from tests.kernels.test_gated_activation import INFINITY, NAN, magnitude
-from tests.kernels.triton_device import DEVICE
+from tests.kernels.triton_device import DEVICE, beyond_32_bits
 
 activations = pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -72,3 +72,13 @@ def test_refused_inputs() -> None:
     for tensor in (*wrong, gate_up.clone().requires_grad_()):
         with pytest.raises(ValueError, match=r'impl="triton" cannot run here: it needs'):
             gated_activation(tensor, "silu", impl="triton")
+
+
+@beyond_32_bits
+def test_rows_above_two_to_the_31() -> None:
+    width = 1 << 14
+    gate_up = torch.zeros((1 << 31) // (2 * width) + 3, 2 * width, dtype=torch.bfloat16, device=DEVICE)
+    gate_up[-3:] = last = randn(0, 3, 2 * width, dtype=torch.bfloat16).to(DEVICE)
+    out = gated_activation(gate_up, "silu", impl="triton")
+    assert torch.equal(out[-3:], gated_activation(last, "silu", impl="triton"))
+    assert not out[:-3].any()

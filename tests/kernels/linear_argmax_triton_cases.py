@@ -340,3 +340,15 @@ def test_tiles_are_what_the_rows_ask_for() -> None:
             t = logits_tile.tiles(rows, 128, dtype)
             assert t.rows >= min(rows, 64)
             assert t.parts == 1 or not t.weight_first
+
+
+@pytest.mark.skipif(INTERPRETED, reason="more than 2^31 elements need a GPU's speed")
+@pytest.mark.parametrize("rows", [1, 129])
+def test_weights_above_two_to_the_31(rows: int) -> None:
+    d, v = 4096, (1 << 19) + 5
+    weight = plain(torch.zeros(v, d, dtype=torch.bfloat16, device=DEVICE))
+    hidden = randn(0, rows, d, dtype=torch.bfloat16).to(DEVICE)
+    weight.data[-1] = hidden[-1]
+    index, value = linear_argmax(hidden, weight, impl="triton")
+    assert index[-1] == v - 1
+    torch.testing.assert_close(value[-1], hidden[-1].float().square().sum(), rtol=1e-5, atol=0.0)

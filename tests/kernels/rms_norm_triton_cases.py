@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from engine.kernels import rms_norm
 from tests.kernels import references
 from tests.kernels.references import assert_accurate, randn
-from tests.kernels.triton_device import DEVICE
+from tests.kernels.triton_device import DEVICE, beyond_32_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,3 +100,15 @@ def test_refused_inputs() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r'impl="triton" cannot run here: it needs'):
             rms_norm(*arguments[:2], 1e-6, residual=arguments[2], impl="triton")
+
+
+@beyond_32_bits
+def test_rows_above_two_to_the_31() -> None:
+    d = 1 << 14
+    x, residual = (torch.zeros((1 << 31) // d + 3, d, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    x[-3:], weight = randn(0, 3, d, dtype=torch.bfloat16).to(DEVICE), torch.ones(d, device=DEVICE)
+    last = [t[-3:].clone() for t in (x, residual)]
+    out = rms_norm(x, weight, 1e-6, residual=residual, impl="triton")
+    assert torch.equal(out[-3:], rms_norm(last[0], weight, 1e-6, residual=last[1], impl="triton"))
+    assert torch.equal(residual[-3:], last[1])
+    assert not out[:-3].any()

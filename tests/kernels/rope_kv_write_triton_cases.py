@@ -1,5 +1,6 @@
 """Triton's rotation and cache write against float64, on a GPU or, with TRITON_INTERPRET=1, on a CPU."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -117,3 +118,24 @@ def test_refused_inputs() -> None:
     panels = [torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for shape in kv_cache_shapes(PAGES, 2, 24)]
     with pytest.raises(ValueError, match=r'impl="triton" cannot run here: it needs'):
         rope_kv_write(qkv, table, positions, slots, *panels, head_dim=24, impl="triton")
+
+
+def test_slots_above_two_to_the_31() -> None:
+    """Elements of a cache; its pages take memory only where they are touched."""
+    kv_heads, head_dim = 8, 128
+    pages = (1 << 31) // (PAGE_SIZE * kv_heads * head_dim) + 2
+    qkv, table, positions, slots, k_cache, v_cache = make(2, 8, kv_heads, head_dim, torch.float16)
+    shape, _ = kv_cache_shapes(pages, kv_heads, head_dim, "nhd")
+    storage = [
+        torch.from_numpy(np.zeros(shape, np.float16))
+        if DEVICE == "cpu"
+        else torch.zeros(shape, dtype=torch.float16, device=DEVICE)
+        for _ in "kv"
+    ]
+    high = torch.tensor([pages * PAGE_SIZE - 1, pages * PAGE_SIZE - 40], device=DEVICE)
+    rope_kv_write(
+        qkv.clone(), table, positions, slots, k_cache, v_cache, head_dim=head_dim, layout="nhd", impl="triton"
+    )
+    rope_kv_write(qkv, table, positions, high, *storage, head_dim=head_dim, layout="nhd", impl="triton")
+    for cache, expected in zip(storage, (k_cache, v_cache), strict=True):
+        assert torch.equal(cache.flatten(0, 1)[high], expected.flatten(0, 1)[slots])

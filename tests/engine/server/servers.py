@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2 as httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,12 +19,16 @@ from starlette.routing import Route
 from engine import AsyncRefiner
 
 MODEL = "writer"
+PATIENCE = 60.0
+"""Seconds that a test waits for what must come, however busy the machine is."""
+
+http = httpx.Client(timeout=PATIENCE)
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
+def running(app: Any, **more: Any) -> Iterator[str]:
     """Serves an ASGI application in a thread; gives its URL."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5, **more)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -33,11 +38,11 @@ def running(app: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not come about"
@@ -69,6 +74,8 @@ class Base:
     release: threading.Event = field(default_factory=threading.Event)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    begun: int = 0
+    """Answers whose writing has begun."""
     sent: int = 0
     left_early: int = 0
     """Answers whose reader went before they ended."""
@@ -103,6 +110,7 @@ class Base:
 
     async def _events(self) -> AsyncIterator[bytes]:
         done = False
+        self.begun += 1
         try:
             if self.fault in ("garbage", "list", "error"):
                 yield {

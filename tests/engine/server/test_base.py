@@ -2,7 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2 as httpx
@@ -10,12 +11,21 @@ import openai
 import pytest
 
 from engine import AsyncRefiner
-from engine.errors import DeadlineExceeded, EngineDead, NonFiniteLogits, OutOfMemory, QueueFull, RequestTooLong
+from engine.errors import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    NonFiniteLogits,
+    OutOfMemory,
+    QueueFull,
+    RequestTooLong,
+)
 from engine.server import Settings, create_app
 from engine.server.errors import api_error
 from engine.server.events import read_events
-from tests.engine.server.servers import MODEL, Base, idle, running, wait_until
+from tests.engine.server.servers import MODEL, PATIENCE, Base, http, idle, running, wait_until
 from tests.engine.server.test_chat import LONG, QUESTION, client
+from tests.engine.service.loops import held_back
 
 FAULTS: list[tuple[str, int, str]] = [
     ("429", 429, "base_rate_limit"), ("500", 502, "base_failed"), ("503", 502, "base_failed"), ("301", 502, "base_failed"),
@@ -26,8 +36,9 @@ FAULTS: list[tuple[str, int, str]] = [
 
 
 def test_faults_are_told_as_what_they_are(start: Callable[..., str], base: Base) -> None:
-    api = client(start(base_timeout=0.3))
+    patient, hasty = client(start()), client(start(base_timeout=0.3))
     for fault, status, code in FAULTS:
+        api = hasty if fault == "silent" else patient
         base.fault, base.retry_after = fault, "7" if fault in ("429", "503") else None
         for stream in (False, True):
             with pytest.raises(openai.APIStatusError) as failed:
@@ -38,7 +49,7 @@ def test_faults_are_told_as_what_they_are(start: Callable[..., str], base: Base)
                 assert "no, not now" in failed.value.message
     base.fault = "500"
     with pytest.raises(openai.InternalServerError):
-        api.models.list()
+        patient.models.list()
 
 
 def test_a_fault_in_the_midst_ends_the_stream_with_an_error(start: Callable[..., str], base: Base) -> None:
@@ -86,32 +97,45 @@ LEAVING: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@contextmanager
+def leaving(url: str, path: str, body: dict[str, Any]) -> Iterator[None]:
+    """A client that asks, and goes at the end of the block without its answer."""
+    host, port = url.removeprefix("http://").split(":")
+    request = httpx.Request("POST", url + path, json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        yield
+
+
 def test_a_client_that_leaves_ends_the_draft(start: Callable[..., str], base: Base) -> None:
     base.held_after = 2
     url = start()
     for i, (path, body) in enumerate(LEAVING, 1):
-        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.3) as leaving:
-            leaving.post(url + path, json=body)
+        with leaving(url, path, body):
+            wait_until(lambda i=i: base.begun == i)  # type: ignore[misc]
+        # it goes just as the first pieces arrive
         wait_until(lambda i=i: base.left_early == i)  # type: ignore[misc]
 
 
 def test_a_client_that_leaves_ends_the_refinement(start: Callable[..., str], base: Base, refiner: AsyncRefiner) -> None:
     url = start(stream_block=900)
+    model = refiner._refiner._alive().model
     before = cancelled(url)
     for i, (path, body) in enumerate(LEAVING, 1):
-        host, port = url.removeprefix("http://").split(":")
-        request = httpx.Request("POST", url + path, json=body)
-        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        with socket.create_connection((host, int(port))) as leaving:
-            leaving.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
-            wait_until(lambda: refiner._refiner._alive().load > 0)
-        wait_until(lambda: idle(refiner))
+        with held_back(model) as gate:
+            with leaving(url, path, body):
+                wait_until(lambda gate=gate: gate.passes == 1)  # type: ignore[misc]
+            wait_until(lambda: len(refiner._worker.inbox) > 0)  # the engine is told while its step still runs
+            gate.open()
+            wait_until(lambda: idle(refiner))
+        assert gate.passes == 1
         wait_until(lambda i=i: cancelled(url) == before + i)  # type: ignore[misc]
 
 
 def cancelled(url: str) -> float:
     """Requests that the engine has dropped."""
-    for line in httpx.get(f"{url}/metrics").text.splitlines():
+    for line in http.get(f"{url}/metrics").text.splitlines():
         if line.startswith('diffpo_requests_total{reason="cancelled"}'):
             return float(line.split()[1])
     return 0.0
@@ -120,7 +144,7 @@ def cancelled(url: str) -> float:
 def test_a_slow_reader_holds_up_nobody(start: Callable[..., str], base: Base) -> None:
     url = start()
     body = {"prompt": "a", "stream": True, "options": {"max_new_tokens": 600, "window": 1}}
-    with httpx.Client() as one, one.stream("POST", f"{url}/v1/refine", json=body) as slow:
+    with httpx.Client(timeout=PATIENCE) as one, one.stream("POST", f"{url}/v1/refine", json=body) as slow:
         assert slow.status_code == 200
         answers = [client(url).chat.completions.create(model=MODEL, messages=QUESTION) for _ in range(3)]
         assert all(answer.choices[0].message.content for answer in answers)
@@ -130,11 +154,16 @@ def test_a_slow_reader_holds_up_nobody(start: Callable[..., str], base: Base) ->
     ("error", "status"),
     [
         (RequestTooLong("x"), 400), (QueueFull("x", 2.3), 429), (DeadlineExceeded("x"), 504), (EngineDead("x"), 503),
-        (OutOfMemory("x"), 503), (NonFiniteLogits("x"), 500),
+        (OutOfMemory("x"), 503), (NonFiniteLogits("x"), 500), (EngineError("x"), 500),
     ],
 )  # fmt: skip
-def test_errors_of_the_engine(error: Any, status: int) -> None:
+def test_errors_of_the_engine(error: Any, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that quote others' exceptions are told without these, and logged; a dead engine has logged its end already."""
+    error.args = ("in /home/someone/secret.cpp", *error.args[1:])
     told = api_error(error)
+    quoting = type(error) in (EngineError, OutOfMemory, EngineDead)
+    assert ("secret" in str(told)) == (not quoting)
+    assert ("secret" in caplog.text) == (type(error) in (EngineError, OutOfMemory))
     assert told.status == status
     assert told.body["error"]["code"] == type(error).__name__
     assert told.headers == (
@@ -146,11 +175,11 @@ def test_a_full_queue_a_draining_server_and_a_dead_engine() -> None:
     refiner = AsyncRefiner.from_pretrained(kv_cache_tokens=1024, max_batch_size=1, max_queue_requests=1)
     app = create_app(refiner, Settings())
     body = {"prompt": "egg", "options": {"max_new_tokens": 20}}
-    with running(app) as url, httpx.Client(timeout=20) as api:
+    with running(app) as url, httpx.Client(timeout=PATIENCE) as api:
         asyncio.run(refiner.pause())
 
         async def ask(count: int) -> list[httpx.Response]:
-            async with httpx.AsyncClient(timeout=20) as client:
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
                 asked = [asyncio.ensure_future(client.post(f"{url}/v1/refine", json=body)) for _ in range(count)]
                 while sum(one.done() for one in asked) < count - 1:
                     await asyncio.sleep(0.01)

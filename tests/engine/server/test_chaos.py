@@ -90,7 +90,7 @@ class Client:
         kind = self.draw.choice([POISON, NAN])
         response = await self.post({"prompt_ids": [kind, 3], "options": {"max_new_tokens": 5}})
         assert response.status_code == 500
-        assert ("poisoned" if kind == POISON else "NaN") in response.json()["error"]["message"]
+        assert response.json()["error"]["code"] == ("EngineError" if kind == POISON else "NonFiniteLogits")
         self.ended["poisoned"] += 1
 
     async def is_bad(self) -> None:

@@ -1,7 +1,6 @@
 """Chat completions, asked for with OpenAI's own client."""
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +8,16 @@ import openai
 import pytest
 
 from engine import DEFAULT_CONDITION, AsyncRefiner, RefineOptions, Refiner, Result
-from tests.engine.server.servers import MODEL, Base
+from tests.engine.server.servers import MODEL, PATIENCE, Base, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "How do I boil an egg?"}]
 LONG = " ".join(f"Then take egg number {i} and boil it it in cold water." for i in range(12))
 
 
 def client(url: str, **more: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=more.pop("api_key", "none"), max_retries=0, timeout=30, **more)
+    return openai.OpenAI(
+        base_url=f"{url}/v1", api_key=more.pop("api_key", "none"), max_retries=0, timeout=PATIENCE, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +93,7 @@ def test_no_further_draft_is_paid_for_when_the_answer_is_complete(start: Callabl
     whole = api.chat.completions.create(model=MODEL, messages=QUESTION)
     assert whole.choices[0].finish_reason == "length"
     assert whole.model_dump()["refine"]["base_finish_reason"] is None
-    for _ in range(400):
-        if base.left_early:
-            break
-        time.sleep(0.01)
-    assert base.left_early == 1
+    wait_until(lambda: base.left_early == 1)
 
 
 def test_the_engine_is_a_base_api_itself(

@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx2 as httpx
 import pytest
 
 from engine import AsyncRefiner
-from tests.engine.server.servers import MODEL, Base, idle, wait_until
+from tests.engine.server.servers import MODEL, Base, http, idle, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -73,7 +72,7 @@ def test_watch_an_answer_converge(page: Any, start: Callable[..., str]) -> None:
     assert len(seen) > 2
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
     asked = {"prompt": page.input_value("#prompt"), "options": {"max_new_tokens": 24}}
-    answer = httpx.post(f"{url}/v1/refine", json=asked).json()["text"]
+    answer = http.post(f"{url}/v1/refine", json=asked).json()["text"]
     assert page.inner_text("#answer").strip() == seen[-1].strip() == answer.strip()
     assert all(request.startswith((url, "data:")) for request in requests)
 
@@ -134,6 +133,14 @@ def test_text_is_never_markup(page: Any, start: Callable[..., str], base: Base) 
     page.click("#go")
     wait_for_state(page, "converged")
     assert page.locator("#answer img, #answer b").count() == 0
+
+
+def test_no_other_page_may_show_it(page: Any, start: Callable[..., str]) -> None:
+    page.set_content(f"<iframe src={start(base_url=None)}></iframe>")
+    framed = page.frames[1]
+    assert framed.url.startswith("chrome-error:")
+    assert framed.locator("#prompt").count() == 0
+    page.expected_faults = 1  # the browser says that it refused
 
 
 @pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="makes the README's picture: SCREENSHOT=file.png")

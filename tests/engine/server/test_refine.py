@@ -1,21 +1,26 @@
 """/v1/refine, models, health and metrics."""
 
+import asyncio
 import itertools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
-from engine import DEFAULT_CONDITION, AsyncRefiner, RefineOptions, Refiner
-from tests.engine.server.servers import MODEL, Base, wait_until
+from engine import DEFAULT_CONDITION, AsyncRefiner, RefineOptions, Refiner, Request
+from engine.server import Settings
+from engine.server.base import BaseEnding
+from engine.server.refine import RefineEndpoint
+from tests.engine.server.servers import MODEL, PATIENCE, Base, http, wait_until
 
 REQUEST = {"prompt": "How do I boil an egg?", "draft": "Put the egg in in cold water, boil it — 8 minutes 🥚."}
 
 
 def post(url: str, body: Any, **more: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/refine", json=body, timeout=30, **more)
+    return http.post(f"{url}/v1/refine", json=body, timeout=PATIENCE, **more)
 
 
 def events(text: str) -> list[tuple[str, Any]]:
@@ -113,30 +118,71 @@ def test_a_deadline(start: Callable[..., str]) -> None:
 
 def test_health_metrics_models_and_the_document(start: Callable[..., str]) -> None:
     url = start(base_url=None, model_name="small")
-    assert httpx.get(f"{url}/health").json() == {"status": "alive"}
+    assert http.get(f"{url}/health").json() == {"status": "alive"}
     post(url, REQUEST)
-    metrics = httpx.get(f"{url}/metrics")
+    metrics = http.get(f"{url}/metrics")
     assert "diffpo_requests_total{reason=" in metrics.text
     assert metrics.headers["content-type"].startswith("text/plain; version=")
-    models = httpx.get(f"{url}/v1/models").json()
+    models = http.get(f"{url}/v1/models").json()
     assert [model["id"] for model in models["data"]] == ["small"]
     assert models["refine"]["options"]["max_new_tokens"] == 40
-    assert httpx.get(f"{url}/openapi.json").json()["openapi"] == "3.1.0"
+    assert http.get(f"{url}/openapi.json").json()["openapi"] == "3.1.0"
     for method, path, status in (("GET", "/v1/refine", 405), ("POST", "/health", 405), ("GET", "/nothing", 404)):
-        response = httpx.request(method, f"{url}{path}")
+        response = http.request(method, f"{url}{path}")
         assert response.status_code == status
         assert response.json()["error"]["message"]
 
 
 def test_a_draft_that_is_late_or_withheld(start: Callable[..., str], base: Base) -> None:
     url = start()
-    body = {"prompt": REQUEST["prompt"], "draft_model": MODEL, "timeout": 0.3}
+    body: dict[str, Any] = {"prompt": REQUEST["prompt"], "draft_model": MODEL}
     base.held_after = 2
-    late = post(url, body)
-    assert (late.status_code, late.json()["error"]["code"]) == (504, "DeadlineExceeded")
-    *_, (name, told) = events(post(url, {**body, "stream": True}).text)
+    for timeout in (0.3, 2, 10):  # where the machine is so slow that nothing has come by then, more
+        late = post(url, {**body, "timeout": timeout})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "DeadlineExceeded")
+        *_, (name, told) = events(post(url, {**body, "timeout": timeout, "stream": True}).text)
+        if name == "error":
+            break
     assert (name, told["error"]["code"]) == ("error", "DeadlineExceeded")
-    wait_until(lambda: base.left_early == 2)
+    wait_until(lambda: base.left_early == base.begun > 0)
     base.held_after, base.finish = None, "content_filter"
     withheld = post(url, {**body, "timeout": 20})
     assert (withheld.status_code, withheld.json()["error"]["code"]) == (400, "content_filter")
+
+
+@pytest.mark.parametrize("moments", range(6))
+def test_leaving_just_as_a_piece_of_the_draft_arrives(moments: int, shared_refiner: AsyncRefiner) -> None:
+    """The cancellation is not lost, however many turns of the event loop it comes behind the piece."""
+
+    class Writer:
+        def __init__(self) -> None:
+            self.more = asyncio.Event()
+
+        async def write(self, body: Any, ending: BaseEnding) -> AsyncGenerator[str, None]:
+            yield "a"
+            await self.more.wait()
+            yield "b"
+            await asyncio.Event().wait()
+
+    async def leave() -> None:
+        writer: Any = Writer()
+        endpoint = RefineEndpoint(shared_refiner, writer, Settings(base_url="http://127.0.0.1:1/v1"))
+        seen: list[str] = []
+
+        async def read() -> None:
+            async for text in endpoint._write("m", Request(prompt="egg"), time.monotonic() + 600):
+                seen.append(text)
+
+        reader = asyncio.ensure_future(read())
+        while not seen:
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)  # until it waits for the next piece
+        writer.more.set()
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.wait([reader], timeout=20)
+        assert reader.cancelled()
+
+    asyncio.run(leave())

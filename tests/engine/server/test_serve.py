@@ -1,5 +1,6 @@
 """The command ``python -m engine.serve``, as a process of its own."""
 
+import inspect
 import os
 import re
 import signal
@@ -13,8 +14,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from engine.serve import build_parser, build_settings, is_loopback, main
-from tests.engine.server.servers import Base, running, wait_until
+from engine import AsyncRefiner
+from engine.serve import QUEUE_DEFAULTS, build_parser, build_settings, is_loopback, main
+from tests.engine.server.servers import PATIENCE, Base, http, running, wait_until
 
 LONG = {"prompt": "How do I boil an egg?", "stream": True, "options": {"max_new_tokens": 150, "window": 1}}
 
@@ -41,9 +43,9 @@ def command(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
 
 
 def test_sigterm_lets_what_is_in_progress_finish() -> None:
-    with command() as (process, url), httpx.Client(timeout=60) as client:
-        assert httpx.get(f"{url}/health").json() == {"status": "alive"}
-        assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 421
+    with command() as (process, url), httpx.Client(timeout=PATIENCE) as client:
+        assert http.get(f"{url}/health").json() == {"status": "alive"}
+        assert http.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 421
         assert "diffpo" in client.get(f"{url}/").text
         with client.stream("POST", f"{url}/v1/refine", json=LONG) as response:
             lines = response.iter_lines()
@@ -60,14 +62,14 @@ def test_grace_ends_and_drafts_come_from_a_base_api() -> None:
         arguments = ("--base-url", f"{url}/v1", "--base-model", "writer", "--grace", "1", "--condition")
         with command(*arguments, OPENAI_API_KEY="secret", DIFFPO_TOKEN="s3cret") as (process, served):
             headers = {"Authorization": "Bearer s3cret"}
-            assert httpx.get(f"{served}/v1/models").status_code == 401
-            assert httpx.get(f"{served}/v1/models", headers=headers).json()["data"][0]["id"] == "writer"
+            assert http.get(f"{served}/v1/models").status_code == 401
+            assert http.get(f"{served}/v1/models", headers=headers).json()["data"][0]["id"] == "writer"
             body: dict[str, Any] = {"model": "writer", "messages": [{"role": "user", "content": "egg?"}]}
             failures: list[Exception] = []
 
             def ask() -> None:
                 try:
-                    httpx.post(f"{served}/v1/chat/completions", json=body, headers=headers, timeout=30)
+                    http.post(f"{served}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE)
                 except httpx.HTTPError as error:
                     failures.append(error)
 
@@ -119,6 +121,17 @@ def test_who_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [is_loopback(h) for h in ("localhost", "::1", "127.8.9.1", "0.0.0.0", "10.0.0.1", "x", "")] == [
         True, True, True, False, False, False, False
     ]  # fmt: skip
+
+
+def test_the_queue_is_bounded_as_an_async_refiners_is_unless_said_otherwise() -> None:
+    parameters = inspect.signature(AsyncRefiner).parameters
+    assert {name: parameters[name].default for name in QUEUE_DEFAULTS} == QUEUE_DEFAULTS
+    with command("--max-queue-requests", "1", "--max-batch-size", "1") as (_, url):
+        body = {"requests": [{"prompt": "egg"}] * 4, "options": {"max_new_tokens": 30}}
+        results = http.post(f"{url}/v1/refine", json=body, timeout=PATIENCE).json()["results"]
+    codes = [(result["error"] or {}).get("code") for result in results]
+    assert None in codes
+    assert set(codes) == {None, "QueueFull"}
 
 
 def test_nothing_else_imports_the_server() -> None:

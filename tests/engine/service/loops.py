@@ -2,15 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from engine import (
-    AsyncRefiner,
-)
+from engine import AsyncRefiner
 from engine.batch import StepBatch
 from engine.kv_cache import KVCache
 from tests.engine.service.helpers import Fragile, make_refiner
@@ -19,10 +17,10 @@ T = TypeVar("T")
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
-    """Every test ends, or fails, within a minute."""
+    """Every test ends, or fails, within two minutes."""
 
     async def limited() -> T:
-        return await asyncio.wait_for(test, 60)
+        return await asyncio.wait_for(test, 120)
 
     return asyncio.run(limited())
 
@@ -39,12 +37,23 @@ class Gate:
 
     def _pass(self, batch: StepBatch, cache: KVCache) -> Tensor:
         self.passes += 1
-        assert self._turnstile.acquire(timeout=30)
+        assert self._turnstile.acquire(timeout=60)
         hidden: Tensor = self._forward(batch, cache)
         return hidden
 
     def open(self, passes: int = 100_000) -> None:
         self._turnstile.release(passes)
+
+
+@contextmanager
+def held_back(model: Any) -> Iterator[Gate]:
+    """A Gate in front of a model that others use afterwards."""
+    gate = Gate(model)
+    try:
+        yield gate
+    finally:
+        gate.open()
+        del model.forward
 
 
 @asynccontextmanager
@@ -56,7 +65,7 @@ async def fragile(**limits: Any) -> AsyncIterator[tuple[AsyncRefiner, Fragile]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(5000):
+    for _ in range(20_000):
         if condition():
             return
         await asyncio.sleep(0.002)

@@ -73,6 +73,7 @@ def test_the_retry_hint_is_how_long_the_queue_took_lately() -> None:
     def refused() -> float:
         with pytest.raises(QueueFull) as error:
             admission.check(10_000)
+        assert admission.retry_after == error.value.retry_after
         return error.value.retry_after
 
     admission.enter(100, lambda: None)

@@ -145,6 +145,38 @@ def test_pausing_stops_steps_at_once_or_when_the_batch_is_done() -> None:
     assert [tokens(t) for t in first] == [answer([2, 3 + i], 30) for i in range(3)]
 
 
+def test_a_pause_that_is_withdrawn_leaves_those_of_others() -> None:
+    bench = Bench()
+    running = bench.submit([2, 3], limit=60)
+    bench.turns()
+    kept, gone, waiting = Mailbox[bool](), Mailbox[bool](), Mailbox[bool]()
+    bench.worker.pause(gone, finish=True)
+    bench.worker.withdraw(gone)
+    passes = bench.model.passes
+    bench.turns()
+    assert bench.model.passes == passes + 1  # it was the only one: the engine goes on
+    bench.worker.pause(kept, finish=False)
+    bench.worker.pause(gone, finish=False)
+    bench.worker.withdraw(gone)
+    bench.worker.withdraw(gone)
+    passes = bench.model.passes
+    bench.turns(2)
+    assert bench.model.passes == passes
+    bench.worker.pause(waiting, finish=True)
+    assert waiting.take() is None
+    bench.worker.pause(kept, finish=False)
+    assert "another call" in str(waiting.take())  # the batch is not done
+    bench.worker.pause(waiting, finish=True)
+    bench.worker.leave(running)
+    bench.worker.pause(kept, finish=True)
+    assert waiting.take() is kept.take() is True
+    bench.worker.resume()
+    bench.worker.withdraw(kept)
+    running = bench.submit([2, 3], limit=60)
+    bench.until(running)
+    assert tokens(running) == answer([2, 3], 60)
+
+
 def test_the_queue_is_bounded_in_requests_and_tokens() -> None:
     bench = Bench(max_requests=3, max_tokens=100)
     bench.worker.pause(Mailbox(), finish=False)
@@ -184,6 +216,7 @@ def test_closing_finishes_or_ends_what_was_let_in() -> None:
         if drain:
             assert [t.sequence.final for t in everyone] == [answer([2, 3 + i], 20) for i in range(6)]
         assert {type(o) is EngineDead for o in outcomes} == {not drain}
+        assert bench.record.levels == {"queued": 0, "queued_tokens": 0, "running": 0, "pages_free": 0}
         with pytest.raises(EngineDead):
             bench.worker.inbox.post(lambda: None, Mailbox())
 

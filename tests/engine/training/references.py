@@ -4,13 +4,14 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.training import Trajectory, TrajectoryCollator, rank
+from engine.training import Trajectory, TrajectoryCollator, rank, train_step
 from tests.engine.checkpoints import PAD, VOCABULARY
 
 EOS = 2
@@ -68,6 +69,13 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Of every parameter that is trained."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def step(model: torch.nn.Module, collator: TrajectoryCollator, given: Sequence[Trajectory], **options: Any) -> Results:
+    """The same by ``train_step``."""
+    out = train_step(model, collator(given), loss_impl="torch", **options)
+    grads = gradients(model, out.loss)
+    return Results(out.loss.detach(), out.ar, out.consistency, grads, int(out.label_count), int(out.pair_count))
 
 
 def double(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,33 +1,25 @@
 """train_step against separate plain forwards: loss and every parameter's gradient, for all families and attentions."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention
 from transformers import PreTrainedModel
 
-from engine import Trajectory, TrajectoryCollator, train_step
+from engine import TrajectoryCollator, train_step
 from tests.engine.checkpoints import FAMILIES, PAD
 from tests.engine.training.references import (
-    Results,
     assert_close,
     chosen_by,
     double,
-    gradients,
     plain_loss,
+    step,
     trajectories,
 )
 
 Family = Callable[..., PreTrainedModel]
-
-
-def step(model: torch.nn.Module, collator: TrajectoryCollator, given: Sequence[Trajectory], **options: Any) -> Results:
-    out = train_step(model, collator(given), loss_impl="torch", **options)
-    grads = gradients(model, out.loss)
-    return Results(out.loss.detach(), out.ar, out.consistency, grads, int(out.label_count), int(out.pair_count))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from tests.engine.training.references import (
     double,
     gradients,
     plain_loss,
+    step,
     trajectories,
 )
 
@@ -96,16 +97,7 @@ def test_lora_gradients_equal_those_of_separate_forwards(family: Family) -> None
     model = lora(family("qwen3"), target_modules=["o_proj", "up_proj", "lm_head"])
     given = trajectories(3)
     collator = TrajectoryCollator(PAD, drafts=3, max_tokens=300)
-    out = train_step(model, collator(given), loss_impl="torch")
-    chosen = chosen_by(collator, given)
-    actual = Results(
-        out.loss.detach(),
-        out.ar,
-        out.consistency,
-        gradients(model, out.loss),
-        int(out.label_count),
-        int(out.pair_count),
-    )
+    actual, chosen = step(model, collator, given), chosen_by(collator, given)
     assert any("lm_head" in name for name in actual.gradients)
     assert_close(actual, plain_loss(double(model), chosen), plain_loss(model, chosen))
 
@@ -116,16 +108,7 @@ def test_a_head_trained_in_full_beside_lora(family: Family) -> None:
         model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
     given = trajectories(4)
     collator = TrajectoryCollator(PAD, drafts=2)
-    out = train_step(model, collator(given), loss_impl="torch")
-    chosen = chosen_by(collator, given)
-    actual = Results(
-        out.loss.detach(),
-        out.ar,
-        out.consistency,
-        gradients(model, out.loss),
-        int(out.label_count),
-        int(out.pair_count),
-    )
+    actual, chosen = step(model, collator, given), chosen_by(collator, given)
     assert_close(actual, plain_loss(double(model), chosen), plain_loss(model, chosen))
 
 

@@ -1,6 +1,5 @@
 """Rewards from models, files and functions: kept, given again, resumed, refused."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers.models.llama import modeling_llama
 
 from engine.refiner import DEFAULT_CHECKPOINT
 from tests.engine.trajectories.helpers import call, read, row, write
@@ -21,11 +22,13 @@ ROWS = [
     row(2),
 ]
 
+# imports what ArmoRM does, and refuses as it does
 REMOTE = """
 from dataclasses import dataclass
 import torch
 from transformers import LlamaModel, LlamaPreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.models.llama.modeling_llama import LLAMA_INPUTS_DOCSTRING
+from transformers.utils import ModelOutput, add_start_docstrings_to_model_forward
 
 @dataclass
 class Out(ModelOutput):
@@ -39,7 +42,10 @@ class Gated(LlamaPreTrainedModel):
         self.heads = torch.nn.Linear(config.hidden_size, 4)
         self.post_init()
 
+    @add_start_docstrings_to_model_forward(LLAMA_INPUTS_DOCSTRING)
     def forward(self, input_ids=None, attention_mask=None):
+        if attention_mask.sum(1).max() > 50:
+            raise ValueError("Token pattern not found in the list.")
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         last = hidden[torch.arange(len(hidden)), attention_mask.sum(1) - 1]
         return Out(logits=self.heads(last), score=attention_mask.sum(1).float())
@@ -105,21 +111,42 @@ def test_again_and_too_long(tmp_path: Path, reward_model: Path) -> None:
     assert [(r["index"], r["error"]) for r in made] == [(i, None) for i in range(4)]
 
 
-def test_a_model_with_a_score_of_its_own_needs_trust(tmp_path: Path) -> None:
-    folder = tmp_path / "armo"
-    namespace: dict[str, type] = {}
-    exec(REMOTE, namespace)
-    namespace["Gated"](config(num_labels=4)).save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    settings["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.Gated"}
-    (folder / "config.json").write_text(json.dumps(settings))
+@pytest.fixture
+def armorm(tmp_path: Path) -> Path:
+    """A reward model of ArmoRM's kind."""
+    folder, made = tmp_path / "armo", config(num_labels=4, max_position_embeddings=256)
+    made.auto_map = {"AutoModelForSequenceClassification": "modeling_gated.Gated"}
+    made.save_pretrained(folder)
+    parts = {"model": LlamaModel(made), "heads": torch.nn.Linear(made.hidden_size, 4)}
+    weights = {f"{part}.{name}": w for part, module in parts.items() for name, w in module.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "modeling_gated.py").write_text(REMOTE)
     save_tokenizer(folder)
-    assert score(tmp_path, "--reward-model", folder)[0] == 1
-    status, made = score(tmp_path, "--reward-model", folder, "--trust-remote-code")
-    assert status == 0
+    return folder
+
+
+def test_a_model_with_a_score_of_its_own_needs_trust(
+    tmp_path: Path, armorm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat that it refuses costs its row."""
+    rows = [*ROWS, row(3, ("a", "word " * 60, None)), row(4, ("a", "short", None))]
+    assert score(tmp_path, "--reward-model", armorm, rows=rows)[0] == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
+    status, made = score(tmp_path, "--reward-model", armorm, "--trust-remote-code", rows=rows)
+    assert status == 3
     assert rewards(made)[0][0] == float(rewards(made)[0][0] or 0.5)
     assert rewards(made)[1][2] > rewards(made)[1][0]  # type: ignore[operator]
+    refused = [r["error"] for r in made]
+    assert refused[:3] == [None, None, None]
+    assert refused[3]["message"] == "the reward model refuses this chat: Token pattern not found in the list."  # type: ignore[index]
+    assert (refused[4], rewards(made)[4]) == (None, rewards(made)[0][:1])
+    assert not hasattr(modeling_llama, "LLAMA_INPUTS_DOCSTRING")
+
+
+def test_code_for_another_transformers(tmp_path: Path, armorm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (armorm / "modeling_gated.py").write_text("from transformers import NoLongerThere\n")
+    assert score(tmp_path, "--reward-model", armorm, "--trust-remote-code")[0] == 1
+    assert "brings code that does not run with this transformers" in capsys.readouterr().err
 
 
 def test_several_labels_are_no_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
