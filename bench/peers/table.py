@@ -18,7 +18,7 @@ THEIR_CODE = {
 
 HEAD = """\
 Base {base}, refiner {refiner}, rewards of {reward_model}; {prompts} held-out prompts, answers of up to {tokens} tokens,
-{dtype}, rounds: {rounds}, one process. Load average while it ran: {loads}. Samples of best-of-n at temperature
+{dtype}, rounds: {rounds}, processes: {processes}. Load average while it ran: {loads}. Samples of best-of-n at temperature
 {temperature}; ARGS tries {candidates} tokens a step.
 
 Seconds are the wait of one request whose batch was handed over as a whole. Where a method needs a draft the base model's
@@ -157,7 +157,7 @@ def page(results: Results) -> str:
         **models, "corrector": corrector, **{name: settings[name] for name in ("prompts", "tokens", "dtype", "rounds")},
         "same": same, "converged": CONVERGED, "alone": REFINER,
         "loads": ", ".join(f"{b} {min(loads[b]):.1f} to {max(loads[b]):.1f}" for b in figures.batches(results)),
-        "threads": results["machine"]["threads"], "temperature": settings["temperature"], "candidates": settings["candidates"],
+        "processes": len(results.get("machines", [None])), "threads": results["machine"]["threads"], "temperature": settings["temperature"], "candidates": settings["candidates"],
     }  # fmt: skip
     parts = [
         ("Reward", f"{rewards(results)}\n\n{beaten(results)}"),
@@ -165,7 +165,10 @@ def page(results: Results) -> str:
         *((f"Latency and work, {batch}", latencies(results, batch)) for batch in figures.batches(results)),
         ("Lossless decoding on transformers' modules", per_pass(results)),
     ]
-    picture = "![Reward against latency](peers.png)"
+    picture = (
+        "![Reward against latency](peers.png)\n\nIn the picture every method's reward is over all prompts that it answered; the"
+        " tables say how many, and have the differences on the same prompts."
+    )
     return "\n\n".join([HEAD.format(**of), picture, *(f"### {title}\n\n{text}" for title, text in parts)]) + "\n"
 
 
