@@ -21,8 +21,8 @@ def columns(results: Results, method: str, batch: str) -> Columns | None:
 
 
 def batches(results: Results) -> list[str]:
-    """Names of the batch sizes, smallest first."""
-    return sorted(results["loads"], key=lambda name: int(name.split()[1]))
+    """Names of the batch sizes that were measured, smallest first."""
+    return sorted((name for name, loads in results["loads"].items() if loads), key=lambda name: int(name.split()[1]))
 
 
 def scores(results: Results, method: str) -> dict[int, float]:
@@ -58,17 +58,21 @@ def average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def latency_ratio(results: Results, method: str, other: str, batch: str) -> Estimate | None:
-    """Geometric mean, over the requests that both answered in the same batch, of the seconds of one over the other's; the
-    interval is over batches, whose requests share what the machine did at the time."""
+def ratio(results: Results, method: str, other: str, batch: str, *, cpu: bool = False) -> Estimate | None:
+    """Geometric mean, over the requests that both answered in the same batch, of the seconds of one over the other's, or of the
+    CPU seconds of the batch; the interval is over batches, whose requests share what the machine did at the time."""
     ours, theirs = (columns(results, name, batch) for name in (method, other))
     if ours is None or theirs is None:
         return None
-    pairs = dict(zip(_keys(theirs), seconds(theirs), strict=True))
-    timed = zip(_keys(ours), seconds(ours), strict=True)
+    mine, their = (found["cpu"] if cpu else seconds(found) for found in (ours, theirs))
+    pairs = dict(zip(_keys(theirs), their, strict=True))
     shared = [
-        (turn, math.log(value / pairs[turn, prompt])) for (turn, prompt), value in timed if (turn, prompt) in pairs
+        (turn, math.log(value / pairs[turn, prompt]))
+        for (turn, prompt), value in zip(_keys(ours), mine, strict=True)
+        if (turn, prompt) in pairs
     ]
+    if not shared:
+        return None
     found = paired_bootstrap([value for _, value in shared], [turn for turn, _ in shared])
     return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.cases, found.prompts)
 

@@ -13,10 +13,10 @@ from engine import Request
 
 COLUMNS = (
     "turn", "prompt", "draft", "refinement", "reward", "token_forwards", "sequential_steps", "reward_tokens",
-    "tokens", "score", "same",
+    "cpu", "tokens", "score", "same",
 )  # fmt: skip
-"""Of the results: the number of the batch and of the prompt, what the answer cost, its length and reward, and whether its
-tokens are those of its reference."""
+"""Of the results: the number of the batch and of the prompt, what the answer cost, the CPU seconds of its whole batch with the
+drafts it takes, its length and reward, and whether its tokens are those of its reference."""
 Record = Callable[[dict[str, Any]], None]
 
 
@@ -53,18 +53,27 @@ def measure(
             record(results)
             break
         group = requests[start : min(start + size, batches[size])]
-        drafts = base.answer(group, ())
-        answers = {BASE: drafts}
+        drafts, of_drafts = _timed(base, group, ())
+        answers, cpu = {BASE: drafts}, {BASE: of_drafts}
         names = [name for name, peer in peers.items() if _takes(peer, len(group), limits.get(name), start)]
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            answers[name] = peers[name].answer(group, drafts)
+            answers[name], own = _timed(peers[name], group, drafts)
+            cpu[name] = own + of_drafts * peers[name].takes_draft
         for name in (BASE, *names):
             columns = results["methods"].setdefault(name, {}).setdefault(f"batch {size}", {c: [] for c in COLUMNS})
             same = answers.get(reference(name) or "")
-            _add(columns, turn, start, answers[name], judge.judge(group, answers[name]), same)
+            columns["turn"] += [turn] * len(group)
+            columns["cpu"] += [round(cpu[name], 4)] * len(group)
+            _add(columns, start, answers[name], judge.judge(group, answers[name]), same)
         results["loads"][f"batch {size}"].append(round(os.getloadavg()[0], 2))
         record(results)
     return results
+
+
+def _timed(peer: Peer, group: Sequence[Request], drafts: Sequence[Answer]) -> tuple[list[Answer], float]:
+    start = time.process_time()
+    answers = peer.answer(group, drafts)
+    return answers, time.process_time() - start
 
 
 def _plan(batches: Mapping[int, int], rounds: int) -> list[tuple[int, int, int]]:
@@ -84,7 +93,6 @@ def _takes(peer: Peer, size: int, limit: int | None, start: int) -> bool:
 
 def _add(
     columns: dict[str, list[Any]],
-    turn: int,
     start: int,
     answers: Sequence[Answer],
     scores: Sequence[float],
@@ -92,10 +100,13 @@ def _add(
 ) -> None:
     for index, (answer, score) in enumerate(zip(answers, scores, strict=True)):
         cost = answer.cost
-        values = (
-            turn, start + index, *(round(seconds, 4) for seconds in (cost.draft, cost.refinement, cost.reward)),
-            cost.token_forwards, cost.sequential_steps, cost.reward_tokens, len(answer.token_ids), round(score, 5),
-            None if same is None else answer.token_ids == same[index].token_ids,
-        )  # fmt: skip
-        for name, value in zip(COLUMNS, values, strict=True):
+        values = {
+            "prompt": start + index,
+            **{part: round(getattr(cost, part), 4) for part in ("draft", "refinement", "reward")},
+            **{name: getattr(cost, name) for name in ("token_forwards", "sequential_steps", "reward_tokens")},
+            "tokens": len(answer.token_ids),
+            "score": round(score, 5),
+            "same": None if same is None else answer.token_ids == same[index].token_ids,
+        }
+        for name, value in values.items():
             columns[name].append(value)

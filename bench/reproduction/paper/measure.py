@@ -83,12 +83,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of paper.sh")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompts", type=int, help="of the first so many alone")
     parser.add_argument("--note", help="what a reader must know of this run")
     args = parser.parse_args()
     update(args.results, "machine", machine() | {"command": COMMAND})
     if args.note:
         update(args.results, "note", args.note)
     held_out = [json.loads(line) for line in (args.folder / "data/held_out.jsonl").read_text().splitlines()]
+    held_out = held_out[: args.prompts]
     reward, fluency = load(args.folder / "reward", args.device), Fluency(args.folder / "lm", args.device)
     (args.folder / "measured").mkdir(exist_ok=True)
     for run in sorted(args.folder.glob("*/trainer_state.json")):
@@ -102,7 +104,7 @@ def main() -> None:
         else:
             made = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
         if not kept.exists():
-            kept.write_text(json.dumps(columns(held_out[: len(made)], made, reward, fluency)))
+            kept.write_text(json.dumps(columns(held_out, made, reward, fluency)))
         again = [repeated(answer["text"]) for answer in made]
         update(args.results, f"answers/{name}", {**json.loads(kept.read_text()), "repeated": again})
         print(f"measured: {name}", flush=True)

@@ -235,7 +235,8 @@ def training(results: dict[str, Any]) -> str:
         rows.append([run, f"{used['omega']:g}", mean_over, *shown_settings, *losses])
     table = markdown(head, rows)
     pairs = []
-    for method, log in results.get("preference", {}).items():
+    logs = {method: log for method, log in results.get("preference", {}).items() if log}  # a short run has no line
+    for method, log in logs.items():
         accuracy, margin = (np.mean([e[f"rewards/{n}"] for e in log[-3:]]) for n in ("accuracies", "margins"))
         pairs.append(
             [ALIGNED[method], f"{log[0]['loss']:.3f}", f"{log[-1]['loss']:.3f}", f"{accuracy:.2f}", f"{margin:.2f}"]
