@@ -291,7 +291,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "paper_tables.json")
     args = parser.parse_args()
-    reading = READING.read_text(encoding="utf-8") if args.results.parent == RESULTS and READING.exists() else ""
+    committed = args.results.resolve().parent == RESULTS.resolve()
+    reading = READING.read_text(encoding="utf-8") if committed and READING.exists() else ""
     text = report(json.loads(args.results.read_text()), reading)
     args.results.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
