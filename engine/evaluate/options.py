@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from engine.evaluate.variants import CONTROLS
+from engine.job.command import positive, subcommands
 from engine.refine import add_model_options, add_refine_options
 
 FORMATS = ("alpaca_eval", "fastchat", "hh_rlhf")
@@ -28,41 +29,25 @@ exit status: 0 all done, 3 some cases have errors, 2 wrong option or file, 1 fai
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.evaluate",
-        description="Compare base with refined answers.",
-        epilog=_EPILOG,
-        formatter_class=form,
-        allow_abbrev=False,
+    wrong = "the same without a draft, with wrong ones, a kept prefix, the draft in the prompt"
+    return subcommands(
+        "python -m engine.evaluate",
+        "Compare base with refined answers.",
+        _EPILOG,
+        {
+            "rewards": ("refine, score both sides, report; also after 1, 2, 4 and 8 steps", _add_rewards),
+            "controls": (wrong, _add_controls),
+            "report": ("tables, plots and report.html of a folder's files", _add_report),
+            "export": ("answers in the formats of AlpacaEval, FastChat and HH-RLHF", _add_export),
+            "import": ("verdicts of judges in these formats", _add_import),
+        },
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="rewards|controls|report|export|import")
-    for name, text, add in (
-        ("rewards", "refine, score both sides, report; also after 1, 2, 4 and 8 steps", _add_rewards),
-        (
-            "controls",
-            "the same without a draft, with wrong ones, a kept prefix, the draft in the prompt",
-            _add_controls,
-        ),
-        ("report", "tables, plots and report.html of a folder's files", _add_report),
-        ("export", "answers in the formats of AlpacaEval, FastChat and HH-RLHF", _add_export),
-        ("import", "verdicts of judges in these formats", _add_import),
-    ):
-        add(commands.add_parser(name, help=text, epilog=_EPILOG, formatter_class=form, allow_abbrev=False))
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _numbers(text: str) -> list[int]:
     if text in ("", "none"):
         return []
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 def _names(text: str) -> list[str]:
@@ -82,7 +67,7 @@ def _add_controls(parser: argparse.ArgumentParser) -> None:
     text = f"which, of {','.join(CONTROLS)} (default: all)"
     group.add_argument("--controls", type=_names, default=list(CONTROLS), metavar="NAMES", help=text)
     text = "tokens that keep_prefix keeps (default: 8)"
-    group.add_argument("--prefix-tokens", type=_positive, default=8, metavar="N", help=text)
+    group.add_argument("--prefix-tokens", type=positive, default=8, metavar="N", help=text)
     _add_evaluation(parser)
 
 
@@ -94,7 +79,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where everything is kept")
     group.add_argument("--questions", metavar="FILE", help="FastChat's question file, or the batch's input file")
     text = "at most so many drafts of a prompt, of different base models from prompt to prompt (default: all)"
-    group.add_argument("--drafts-per-prompt", type=_positive, metavar="N", help=text)
+    group.add_argument("--drafts-per-prompt", type=positive, metavar="N", help=text)
     group.add_argument("--whole-drafts", action="store_true", help="do not cut drafts to --max-new-tokens")
     text = "also the answers after so many steps, such as 1,2,4,8; none: leave that out (default: 1,2,4,8)"
     group.add_argument("--reward-at-steps", type=_numbers, default=[1, 2, 4, 8], metavar="K,..", help=text)
@@ -115,9 +100,9 @@ def _add_scorer(parser: argparse.ArgumentParser) -> None:
     scorer.add_argument("--callable", metavar="MODULE:NAME", help=text)
     group = parser.add_argument_group("reward model")
     text = "texts at once (default: 8)"
-    group.add_argument("--scorer-batch-size", type=_positive, default=8, metavar="N", help=text)
+    group.add_argument("--scorer-batch-size", type=positive, default=8, metavar="N", help=text)
     text = "longer texts get no reward (default: the model's positions)"
-    group.add_argument("--scorer-max-length", type=_positive, metavar="N", help=text)
+    group.add_argument("--scorer-max-length", type=positive, metavar="N", help=text)
     group.add_argument("--scorer-device", default="cpu", metavar="DEVICE", help="such as cpu or cuda (default: cpu)")
     names = ("float32", "bfloat16", "float16")
     group.add_argument("--scorer-dtype", choices=names, default="float32", help="of the weights (default: float32)")

@@ -1,9 +1,10 @@
-"""What the command lines have in common: exit status, errors in one line, log messages, checks of an output's name."""
+"""What the command lines have in common: subcommands, exit status, errors in one line, log messages, an output's name."""
 
+import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from engine.errors import EngineError
@@ -12,6 +13,31 @@ from engine.job.interrupt import Interrupted, Signals
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ERROR_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 OTHER_FORMATS = (".csv", ".gz", ".parquet", ".tsv", ".zip", ".zst")
 """Names of outputs that would promise what they don't hold."""
+
+
+def subcommands(
+    prog: str,
+    description: str,
+    epilog: str,
+    commands: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]],
+) -> argparse.ArgumentParser:
+    """A parser of ``commands``: of every name its help and what adds its options. The epilog is in the help of each."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=form, allow_abbrev=False
+    )
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
+    for name, (text, add) in commands.items():
+        add(parsers.add_parser(name, help=text, epilog=epilog, formatter_class=form, allow_abbrev=False))
+    return parser
+
+
+def positive(text: str) -> int:
+    """An option's whole number. Raises argparse.ArgumentTypeError below 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def check_output(output: Path, source: str) -> None:

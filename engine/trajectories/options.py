@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.job.command import positive, subcommands
+
 _EPILOG = """\
 row of a trajectory file (JSON lines):
   {"prompt_id": .., "prompt": .., "source"?: .., "responses": [{"model": .., "text": .., "reward"?: number or null}, ..]}
@@ -24,29 +26,16 @@ exit status: 0 all done, 3 some rows or answers have errors, 2 wrong option or f
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.trajectories",
-        description="Collect, score and look at responses to train a refiner on.",
-        epilog=_EPILOG,
-        formatter_class=form,
-        allow_abbrev=False,
+    return subcommands(
+        "python -m engine.trajectories",
+        "Collect, score and look at responses to train a refiner on.",
+        _EPILOG,
+        {
+            "build": ("prompts x models -> responses", _add_build),
+            "score": ("responses -> rewards", _add_score),
+            "inspect": ("tables of rewards, length bias, ties, gaps", _add_inspect),
+        },
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build|score|inspect")
-    for name, text, add in (
-        ("build", "prompts x models -> responses", _add_build),
-        ("score", "responses -> rewards", _add_score),
-        ("inspect", "tables of rewards, length bias, ties, gaps", _add_inspect),
-    ):
-        add(commands.add_parser(name, help=text, epilog=_EPILOG, formatter_class=form, allow_abbrev=False))
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _price(text: str) -> float:
@@ -81,14 +70,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--responses", nargs="+", default=[], metavar="FILE", help=text)
     text = "trajectories; beside it lie the models' answers (.responses, what a run is resumed from) and .errors"
     group.add_argument("--output", required=True, metavar="FILE", help=text)
-    group.add_argument("--sample", type=_positive, metavar="N", help="take N of the prompts, drawn by --seed")
+    group.add_argument("--sample", type=positive, metavar="N", help="take N of the prompts, drawn by --seed")
     text = "of pairs without scores: reward 1 for chosen, 0 for rejected (default: none)"
     group.add_argument("--pair-rewards", action="store_true", help=text)
     _add_resume(group)
     group = parser.add_argument_group("models at OpenAI-compatible endpoints")
     _several(group, "endpoint", "URL", "such as http://host:8000/v1; once for all of --model, or once for each")
     _several(group, "model", "NAME", "may be repeated; prompts that have a response of that name are not asked again")
-    group.add_argument("--concurrency", type=_positive, default=8, metavar="N", help="requests at once (default: 8)")
+    group.add_argument("--concurrency", type=positive, default=8, metavar="N", help="requests at once (default: 8)")
     text = "environment variable that holds the key"
     group.add_argument("--api-key-env", metavar="VAR", help=text)
     text = "without a sign of life from the endpoint (default: 300)"
@@ -103,7 +92,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     _several(group, "checkpoint", "PATH", "folder or hub id; the last part of it names the model; may be repeated")
     _add_device(group)
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=_positive, default=1024, metavar="N", help="longest answer (default: 1024)")
+    group.add_argument("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer (default: 1024)")
     group.add_argument("--temperature", type=float, default=0.7, help="0: greedy (default: 0.7)")
     text = "of --sample, and with prompt and model of each request (default: 0)"
     group.add_argument("--seed", type=int, default=0, help=text)
@@ -136,9 +125,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     text = "Python function of a prompt and a list of texts that returns one number, or None, for each"
     scorer.add_argument("--callable", metavar="MODULE:NAME", help=text)
     group = parser.add_argument_group("reward model")
-    group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="texts at once (default: 8)")
+    group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="texts at once (default: 8)")
     text = "longer texts get no reward (default: the model's positions)"
-    group.add_argument("--max-length", type=_positive, metavar="N", help=text)
+    group.add_argument("--max-length", type=positive, metavar="N", help=text)
     _add_device(group)
 
 
