@@ -1,10 +1,6 @@
 """Writes bench/results/peers.md from peers.json: rewards, latencies and what they took, with 95% intervals over prompts."""
 
-import argparse
-import json
-from pathlib import Path
-
-from bench.measure import RESULTS
+from bench.page import write_page
 from bench.peers import figures
 from bench.peers.catalogue import BASE, CONVERGED, REFINER, reference
 from bench.peers.figures import Estimate, Results, average, percentile
@@ -174,12 +170,7 @@ def page(results: Results) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "peers.json")
-    args = parser.parse_args()
-    text = page(json.loads(args.results.read_text()))
-    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(__doc__, "peers", lambda results, path: page(results))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,10 @@ The bootstrap draws prompts, not drafts: the drafts of one prompt are no indepen
 are taken prompt by prompt before they are averaged.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from bench.measure import RESULTS
+from bench.page import write_page
 from bench.reproduction.cases import CONTROLS
 from bench.reproduction.measure import STEPS, Columns
 from engine.evaluate.statistics import paired_bootstrap
@@ -252,12 +249,7 @@ def report(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS / "reproduction.json")
-    args = parser.parse_args()
-    text = report(json.loads(args.results.read_text()))
-    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(__doc__.splitlines()[0], "reproduction", lambda results, path: report(results))
 
 
 if __name__ == "__main__":

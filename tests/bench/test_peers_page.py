@@ -189,7 +189,6 @@ def test_the_command_line(tmp_path: Path) -> None:
         parse(["--base", "b"])
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="not measured yet")
 def test_the_committed_page_is_made_of_the_committed_results() -> None:
     assert COMMITTED.with_suffix(".md").read_text() == page(json.loads(COMMITTED.read_text())), (
         "run python -m bench.peers.table"

@@ -73,7 +73,6 @@ def test_a_run_on_small_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     check(results)
 
 
-@pytest.mark.skipif(not (RESULTS / "scaling.json").exists(), reason="not measured yet")
 def test_the_committed_exponents_are_those_of_the_committed_times() -> None:
     check(json.loads((RESULTS / "scaling.json").read_text()))
 

@@ -3,8 +3,6 @@
 Rewards, differences and win rates are means over held-out prompts with 95 % intervals, computed by engine.evaluate.
 """
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.measure import RESULTS
+from bench.page import write_page
 from bench.reproduction.paper.answers import OWN, REAL, STEPS
 from bench.reproduction.paper.claims import ALIGNED, claims
 from bench.reproduction.paper.compare import Answers, difference, length_controlled, mean, percent, shown, wins
@@ -258,8 +257,9 @@ def report(results: dict[str, Any], reading: str = "") -> str:
     parts = [("The paper's claims at this scale", markdown(["claim", "the paper", "here", "verdict"], claims(sets)))]
     if reading:
         parts.append(("Reading them", reading))
+    if "reward_model" in results:  # not where the folder had one from before the results
+        parts.append(("The reward model against the judge, held-out prompts", reward_model(results["reward_model"])))
     parts += [
-        ("The reward model against the judge, held-out prompts", reward_model(results["reward_model"])),
         ("Bases", bases(sets)),
         (
             "SmolLM2-135M and what was made of it",
@@ -286,16 +286,15 @@ def report(results: dict[str, Any], reading: str = "") -> str:
     return "\n".join(f"### {title}\n\n{table}" for title, table in parts)
 
 
+def page(results: dict[str, Any], path: Path) -> str:
+    """All tables; what was made of the committed results, with how to read them."""
+    committed = path.resolve().parent == RESULTS.resolve()
+    return report(results, READING.read_text(encoding="utf-8") if committed and READING.exists() else "")
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS / "paper_tables.json")
-    args = parser.parse_args()
-    committed = args.results.resolve().parent == RESULTS.resolve()
-    reading = READING.read_text(encoding="utf-8") if committed and READING.exists() else ""
-    text = report(json.loads(args.results.read_text()), reading)
-    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(__doc__.splitlines()[0], "paper_tables", page)
 
 
 if __name__ == "__main__":
