@@ -96,9 +96,8 @@ class Decoder:
         self.compute_dtype = compute_dtype
         self.embedding_scale = torch.tensor(spec.embedding_scale).to(embed.data.dtype).item()
         self.rotation = torch.empty(0, spec.head_dim, device=self.device)
-        self._outgrown: list[
-            Tensor
-        ] = []  # tables that graphs captured before may still read; together less than twice this one
+        # tables that graphs captured before may still read; together less than twice the one in use
+        self._outgrown: list[Tensor] = []
 
     @classmethod
     def load(cls, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> "Decoder":
