@@ -1,15 +1,17 @@
 """The command line ``python -m engine.train``: settings and trajectories in, a refiner out."""
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from engine.errors import EngineError, OutOfMemory
 from engine.job.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, engine_logs, explain
@@ -182,5 +184,23 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def end_rank(status: int) -> NoReturn:
+    """Ends one of several processes as ``sys.exit`` does, but without the interpreter's teardown.
+
+    DTensor's caches keep gloo's threads alive behind destroy_process_group. One that lets go of a last tensor then asks for
+    the interpreter, is ended for it in the middle of a destructor, and std::terminate aborts a process whose work is done.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()  # such as a tracker's last upload
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if "RANK" in os.environ:
+        end_rank(exit_status)
+    sys.exit(exit_status)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine.train import end_rank
+
 ROOT = Path(__file__).parents[1]
 DEADLINE = 240
 """Seconds; a rank that waits for a dead one would wait for ever."""
@@ -44,6 +46,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
     torch.save(call(), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Two processes under torchrun, on gloo, against one."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,23 @@ def test_data_parallel(tmp_path: Path) -> None:
     assert run({**settings, "output": str(alone)}) == 0
     launch({**settings, "output": str(shared), "micro_batch": 1})
     assert_close_runs(shared, alone, 4, settings["lr"])
+
+
+def test_a_rank_ends_as_other_processes_do() -> None:
+    """But for the interpreter's teardown: its threads finish, what was registered for its end is done, nothing said is lost."""
+    code = """
+import atexit, threading, time
+from engine.train import end_rank
+
+class Late:
+    def __del__(self):
+        print("torn down", flush=True)
+
+late = Late()
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+print("said")
+end_rank(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("said\nthread\nat exit\n", "", 3)
