@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ AXES = {
 EXPECTED = {"engine": "0", "eager": "1"}
 
 
-def measured(axis: str, rounds: int) -> dict[str, list[list[float]]]:
-    """MB by variant, size and round; a process of its own, whose freed memory goes back to the system at once."""
-    asked = [sys.executable, "-m", "bench.scaling.memory", axis, str(rounds)]
+def measured(axis: str, rounds: int, sizes: Sequence[int] | None = None) -> dict[str, list[list[float]]]:
+    """MB by variant, size (None: all of the axis) and round; a process of its own, whose freed memory goes back at once."""
+    asked = [sys.executable, "-m", "bench.scaling.memory", axis, str(rounds), *map(str, sizes or AXES[axis][0])]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MB)}
     done = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found: dict[str, list[list[float]]] = json.loads(done.stdout.splitlines()[-1])
@@ -47,8 +48,8 @@ def peak(variant: str, shape: Shape) -> float:
 
 
 def main() -> None:
-    axis, rounds = sys.argv[1], int(sys.argv[2])
-    sizes, shape = AXES[axis]
+    axis, (rounds, *sizes) = sys.argv[1], map(int, sys.argv[2:])
+    shape = AXES[axis][1]
     for variant in LOSSES:
         peak(variant, Shape(48, 64, 500, torch.float32))  # loads the libraries
     found: dict[str, list[list[float]]] = {variant: [[] for _ in sizes] for variant in LOSSES}
