@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.gpu import engine, kernels, paged_attention, targets
+from bench.gpu import engine, kernels, paged_attention, targets, timing
 from bench.gpu.case import Case
 from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps, step_seconds
 from bench.gpu.models import multiplied_weights
@@ -97,10 +97,28 @@ def test_every_shape_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found["doubling"]) == len(compiled) == 12
 
 
+class Clock:
+    """Stands in for the module ``time``; moved by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+
 def test_an_operation_without_time_leaves_it_to_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(kernels, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
+
+    def tenth_of_a_second() -> None:
+        clock.now += 0.1
+
     def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
-        for name in ("slow", "later", "last"):
-            yield Case("waiting", name, {"ours": lambda: time.sleep(0.1)}, 1, 1)
+        for name in ("slow", "later", "last"):  # called at least four times each: more than a third of the time
+            yield Case("waiting", name, {"ours": tenth_of_a_second}, 1, 1)
 
     def broken(device: torch.device, *, tiny: bool) -> Iterator[Case]:
         raise RuntimeError("no such module")
@@ -108,7 +126,7 @@ def test_an_operation_without_time_leaves_it_to_those_behind(monkeypatch: pytest
     monkeypatch.setattr(kernels, "OPERATIONS", ("waiting", "broken", "waiting_too"))
     for name, made in (("waiting", cases), ("broken", broken), ("waiting_too", cases)):
         monkeypatch.setitem(sys.modules, f"bench.gpu.{name}", SimpleNamespace(cases=made))
-    *_, found = kernels.measure(Stopwatch(CPU), Roofline(1e9, 1e9), tiny=True, deadline=time.monotonic() + 0.9)
+    *_, found = kernels.measure(Stopwatch(CPU), Roofline(1e9, 1e9), tiny=True, deadline=0.9)
     assert [record["shape"] for record in found["waiting"]] == ["slow", "later"]
     assert "no time" in found["waiting"][1]["error"]
     assert "no such module" in found["broken"][0]["error"]
@@ -135,17 +153,6 @@ def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_n
     assert idle_between_steps(reversed(work)) == pytest.approx([4e-6, 8e-6])
     assert idle_between_steps(work[:1]) == []
     assert step_seconds(work) == pytest.approx([46e-6, 16e-6])
-
-
-class Clock:
-    """Stands in for the module ``time``; moved by hand."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    perf_counter = monotonic
 
 
 def test_what_was_compiled_is_timed_though_that_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
