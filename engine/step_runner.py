@@ -68,15 +68,16 @@ class CudaRecorder:
     All graphs may share it: a step leaves nothing behind but in tensors that are not the pool's, and no two run at once.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, *, keep_graph: bool = False) -> None:
+        """``keep_graph``: captured graphs can be made a part of others."""
+        self._stream, self._keep_graph = torch.cuda.Stream(device), keep_graph
         self._pool = torch.cuda.graph_pool_handle()
 
     def side_stream(self) -> "_SideStream":
         return _SideStream(self._stream)
 
     def capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=self._keep_graph)
         # A capture that fails leaves its stream the current one: what comes next would go there, behind nothing. The outer
         # context also makes the device the current one, which is the one that torch.cuda.graph waits for.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))

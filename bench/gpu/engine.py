@@ -12,6 +12,7 @@ import torch
 from bench.baselines import full_reforward_jacobi, greedy_generate
 from bench.gpu.host_gaps import host_gaps
 from bench.gpu.models import Pair, pair
+from bench.gpu.one_launch import OneLaunch
 from bench.gpu.timing import Stopwatch
 from engine import RefineOptions
 from engine.batch import Feed, StepBatch
@@ -69,6 +70,7 @@ def of_model(
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "step": functools.partial(step, subject, watch, ceilings, 16 if tiny else STEP_ROWS, prompt),
         "host_gaps": functools.partial(gaps_alone, subject, watch.device, prompt, answer),
+        "one_launch": functools.partial(launches, subject, prompt, answer, 1 if tiny else 3),
     }
     for batch in batches:
         parts[f"batch {batch}"] = functools.partial(
@@ -117,6 +119,39 @@ def step(subject: Pair, watch: Stopwatch, ceilings: Roofline, rows: int, positio
     weights = subject.parameters * (2 if watch.device.type == "cuda" else 4)
     floor = ceilings.floor(weights, 2 * subject.parameters * rows)
     return {"rows": rows, "seconds": seconds, "floor_seconds": floor, "over_floor": min(seconds.values()) / floor}
+
+
+def launches(subject: Pair, prompt: int, answer: int, rounds: int) -> dict[str, Any]:
+    """A sequence alone: launched step by step, as the engine does, and all of its steps at once."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, subject.model.spec.vocab_size, (prompt,), generator=generator).tolist()
+    options = RefineOptions(max_new_tokens=answer, realign=False)
+    [alone] = subject.refiner.refine([{"prompt_ids": ids}], options)
+    found: dict[str, Any] = {}
+    other = OneLaunch(subject.refiner)
+    try:
+        for name, draft in {"no draft": [], "right draft": alone.token_ids}.items():
+            requests: Requests = [{"prompt_ids": ids, "draft_ids": draft}]
+            calls = {
+                "step by step": functools.partial(subject.refiner.refine, requests, options),
+                "one launch": functools.partial(other.refine, requests, options),
+            }
+            # kernels are compiled, graphs captured, graphs replayed
+            answers = {variant: [call()[0] for _ in range(2)][-1] for variant, call in calls.items()}
+            before = other.launches
+            seconds: dict[str, list[float]] = {variant: [] for variant in calls}
+            for _ in range(rounds):
+                for variant, call in calls.items():
+                    seconds[variant].append(timed(call)[0])
+            one, many = answers["one launch"], answers["step by step"]
+            found[name] = {
+                "steps": one.steps, "launches": (other.launches - before) / rounds, "seconds": seconds,
+                "tokens_equal": share_equal([one.token_ids], [many.token_ids]),
+                "ratio": statistics.median(seconds["one launch"]) / statistics.median(seconds["step by step"]),
+            }  # fmt: skip
+    finally:
+        other.close()
+    return found
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:

@@ -57,6 +57,7 @@ def engine_lines(results: dict[str, Any]) -> list[Line]:
     model, record = next(iter(results.items()), (MODEL, {}))
     step, gaps, alone = (record.get(name, {}) for name in ("step", "host_gaps", "batch 1"))
     over, idle = step.get("over_floor"), gaps.get("median_seconds")
+    whole = record.get("one_launch", {}).get("no draft")
     times = alone.get("times_faster_than_generate", {}).get("refine, right draft")
     return [
         Line(
@@ -73,6 +74,11 @@ def engine_lines(results: dict[str, Any]) -> list[Line]:
             f"refine from a right draft, {model}, batch 1",
             f"≥ {LEAST_TIMES_GENERATE} times as fast as transformers' generate",
             f"{times:.1f} times" if times else NOT_MEASURED,
+        ),
+        Line(
+            f"all steps in one launch against step by step, {model}, batch 1, no draft",
+            "",
+            f"{whole['ratio']:.3f} of the time, {whole['steps']} steps" if whole else NOT_MEASURED,
         ),
     ]
 

@@ -210,9 +210,10 @@ def test_targets_are_shown_with_what_was_found() -> None:
         "step": {"rows": 256, "seconds": {"launched": 8e-3, "graph": 7e-3}, "over_floor": 1.2},
         "host_gaps": {"steps": 9, "median_seconds": 5e-6},
         "batch 1": {"times_faster_than_generate": {"refine, right draft": 41.23}},
+        "one_launch": {"no draft": {"ratio": 0.9871, "steps": 40}},
     }
     found = [line.found for line in targets.engine_lines({"gemma-2-9b": measured})]
-    assert found == ["7.00 ms, 1.20 times", "5.0 µs (median of 8)", "41.2 times"]
+    assert found == ["7.00 ms, 1.20 times", "5.0 µs (median of 8)", "41.2 times", "0.987 of the time, 40 steps"]
 
 
 @pytest.mark.parametrize(("operation", "shape"), [(name, shape) for name, shape, _ in targets.KERNELS])
@@ -241,6 +242,8 @@ def test_the_whole_command_runs_on_a_cpu(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "engine_gpu_dry_run.json").read_text())["engine"]["tiny"]
     assert record["step"]["seconds"]["launched"] > 0
     assert record["host_gaps"]["steps"] > 4
+    whole = record["one_launch"]["no draft"]
+    assert (whole["tokens_equal"], whole["launches"] < whole["steps"] / 2) == (1, True)
     for batch in ("batch 1", "batch 2"):
         assert record[batch]["right_draft_kept"] == 1
         assert record[batch]["tokens_equal_to_generate"] == 1

@@ -154,7 +154,7 @@ def test_a_capture_that_fails_does_not_leave_its_stream_the_current_one(monkeypa
     streams = Streams()
     for name, value in {
         "Stream": lambda device: SimpleNamespace(device=device), "graph_pool_handle": lambda: (0, 1),
-        "CUDAGraph": object, "current_stream": lambda device: streams.current, "stream": streams.stream,
+        "CUDAGraph": lambda keep_graph: object(), "current_stream": lambda device: streams.current, "stream": streams.stream,
         "graph": streams.graph,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
