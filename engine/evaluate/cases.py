@@ -5,17 +5,18 @@ results) and trajectory rows, whose every response is a draft; the best of them 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError, InvalidRequest
 from engine.job.questions import Questions
 from engine.job.rows import Row, Turn, parse_row
-from engine.job.source import Fields, RawRow, Source, kind_of
+from engine.job.source import Fields, Source, kind_of
 from engine.trajectories.schema import (
     Response,
     TrajectoryRow,
     checked_reward,
+    checked_text,
     error_fields,
     parse_response,
     prompt_key,
@@ -25,6 +26,7 @@ from engine.trajectories.schema import (
 NAMELESS = "base"
 """Name of the base model where a row has none."""
 Chat = list[dict[str, str]]
+_IDS = ("id", "question_id", "custom_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,9 @@ class Case:
     index: int
     """Number of the case."""
     id: str | int
-    """The row's."""
+    """The row's, or its number."""
+    own_id: bool = False
+    """Whether the row brought one."""
     prompt: str = ""
     """The first user's turn, as people read it."""
     group: str = ""
@@ -45,7 +49,9 @@ class Case:
     drafts: list[str] = field(default_factory=list)
     """One for each turn, cut to the length limit where there is one for both sides."""
     cut: list[bool] = field(default_factory=list)
-    """Whether a draft was cut."""
+    """Whether a draft fills the limit, so that it has no end of turn, or was cut before."""
+    whole: bool = True
+    """Whether all drafts are as long as in the row."""
     model: str = NAMELESS
     category: str | None = None
     best: str | None = None
@@ -65,10 +71,6 @@ class Case:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": self.turns[turn]}]
 
-    def fields(self) -> Fields:
-        """As JSON has it."""
-        return asdict(self)
-
 
 def read_cases(
     source: Source, questions: Questions | None, cut: Callable[[str], tuple[str, bool]], per_prompt: int | None = None
@@ -77,10 +79,12 @@ def read_cases(
     prompt, beginning with another base model for each. Raises OSError."""
     cases: list[Case] = []
     for number, raw in enumerate(source.read()):
+        fields: Fields = {}
         try:
-            made = list(_cases_of(raw, number, questions))
+            fields = raw()
+            made = list(_cases_of(fields, number, questions))
         except (EngineError, RecursionError) as error:
-            made = [Case(index=0, id=number, error=error_fields(error))]
+            made = [Case(index=0, id=_id_shown(fields, number), error=error_fields(error))]
         cases += [_limited(case, cut) for case in made]
     if per_prompt is not None:
         cases = _spread(cases, per_prompt)
@@ -89,9 +93,22 @@ def read_cases(
 
 def _limited(case: Case, cut: Callable[[str], tuple[str, bool]]) -> Case:
     kept = [cut(draft) for draft in case.drafts]
-    best, best_cut = (None, False) if case.best is None else cut(case.best)
-    drafts, cuts = [text for text, _ in kept], [was_cut for _, was_cut in kept]
-    return replace(case, drafts=drafts, cut=cuts, best=best, best_cut=best_cut)
+    best, fills = (None, False) if case.best is None else cut(case.best)
+    drafts = [text for text, _ in kept]
+    cuts = [full or before for (_, full), before in zip(kept, case.cut or [False] * len(kept), strict=True)]
+    whole = drafts == case.drafts
+    return replace(case, drafts=drafts, cut=cuts, whole=whole, best=best, best_cut=fills or case.best_cut)
+
+
+def _id_shown(fields: Fields, number: int) -> str | int:
+    """Of a row with an error: what it calls itself, if that can be shown, or its number."""
+    for name in ("id", "question_id", "custom_id", "prompt_id"):
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.isprintable():
+            return value
+    return number
 
 
 def _spread(cases: list[Case], per_prompt: int) -> list[Case]:
@@ -105,8 +122,7 @@ def _spread(cases: list[Case], per_prompt: int) -> list[Case]:
     ]
 
 
-def _cases_of(raw: RawRow, number: int, questions: Questions | None) -> Iterator[Case]:
-    fields = raw()
+def _cases_of(fields: Fields, number: int, questions: Questions | None) -> Iterator[Case]:
     known = _known(fields)
     if known is not None and fields.get("draft") is None:
         yield from _of_trajectory(fields, known, number)
@@ -114,6 +130,9 @@ def _cases_of(raw: RawRow, number: int, questions: Questions | None) -> Iterator
     row = parse_row(lambda: fields, number, questions)
     if row.error:
         raise row.error
+    own_id = any(fields.get(name) is not None for name in (("id",) if row.shape == "plain" else _IDS))
+    if isinstance(row.id, str):
+        checked_text("id", row.id)
     category, model = _first_text(fields, "category", "source", "dataset"), _model(fields)
     best = None if known is None else _best(known)
     for turns in _conversations(row):
@@ -123,12 +142,19 @@ def _cases_of(raw: RawRow, number: int, questions: Questions | None) -> Iterator
             raise InvalidRequest(
                 "a case needs its prompt and at least one draft, both as text: there is nothing to compare"
             )
+        without = next((i for i, request in enumerate(requests[: len(drafts)], 1) if request.draft is None), None)
+        if without is not None:
+            raise InvalidRequest(
+                f"turn {without} of {len(requests)} has no draft, but a later one has: only the last turns may be without, as "
+                "every draft is compared behind the answers before it; give that draft, or leave the later ones out"
+            )
         messages = requests[0].messages or [{"role": "user", "content": requests[0].prompt or ""}]
         asked = [messages[-1]["content"], *(request.prompt or "" for request in requests[1:])][: len(drafts)]
         single = len(asked) == 1
         yield Case(
             index=0,
             id=row.id,
+            own_id=own_id,
             prompt=asked[0],
             group=prompt_key("\n".join([*(m["content"] for m in messages[:-1]), *asked])),
             history=[dict(message) for message in messages[:-1]],
@@ -137,6 +163,7 @@ def _cases_of(raw: RawRow, number: int, questions: Questions | None) -> Iterator
             model=model,
             category=category,
             best=best.text if best and single else None,
+            best_cut=best is not None and single and best.truncated,
             best_given_reward=best.reward if best and single else None,
             given_reward=checked_reward("reward", fields.get("reward")),
             draft_seconds=checked_reward("draft_seconds", fields.get("draft_seconds")),
@@ -173,25 +200,31 @@ def _of_trajectory(fields: Fields, row: TrajectoryRow, number: int) -> Iterator[
         parsed = parse_row(lambda asked=asked: asked, number)  # type: ignore[misc]
         if parsed.error:
             raise parsed.error
+        if isinstance(parsed.id, str):
+            checked_text("prompt_id", parsed.id)
         chat = parsed.turns[0].request.messages or [{"role": "user", "content": prompt or ""}]
         yield Case(
             index=0,
             id=parsed.id,
+            own_id=fields.get("prompt_id") is not None,
             prompt=chat[-1]["content"],
             group=prompt_key("\n".join(message["content"] for message in chat)),
             history=[dict(message) for message in chat[:-1]],
             turns=[chat[-1]["content"]],
             drafts=[response.text],
+            cut=[response.truncated],
             model=response.model,
             category=_first_text(fields, "category", "source", "dataset"),
             best=best.text if best else None,
+            best_cut=best is not None and best.truncated,
             given_reward=response.reward,
             best_given_reward=best.reward if best else None,
         )
 
 
 def _first_text(fields: Fields, *names: str) -> str | None:
-    return next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
+    """Raises InvalidTrajectory for a text that cannot be written."""
+    return next((checked_text(name, fields[name]) for name in names if isinstance(fields.get(name), str)), None)
 
 
 def _model(fields: Fields) -> str:

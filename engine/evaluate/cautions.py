@@ -20,11 +20,18 @@ def main_cautions(made: Figures, results: Results) -> list[str]:
         notes.append(f"Only {main['prompts']} prompts: the intervals are rough, and narrower than they should be.")
     if "reason" in main["lc_win_rate"]:
         notes.append(f"No length-controlled win rate: {main['lc_win_rate']['reason']}.")
-    elif max(main["longer"], count - main["longer"]) > ONE_SIDED * count:
-        side, most = ("longer", main["longer"]) if main["longer"] * 2 > count else ("no longer", count - main["longer"])
-        notes.append(
-            f"The refined answer is {side} in {most} of {count} cases: equal lengths are outside the "
+    else:
+        notes += [
+            f"The refined answer is {side} in {main[side]} of {count} cases: equal lengths are outside the "
             "data, and the length-controlled win rate is an extrapolation."
+            for side in ("longer", "shorter")
+            if main[side] > ONE_SIDED * count
+        ]
+    base, refined = main["unscored"]["base"], main["unscored"]["refined"]
+    if base["cases"] or refined["cases"]:
+        notes.append(
+            f"Without a reward, so in no figure: {refined['cases']} refined answers ({refined['empty']} empty) and "
+            f"{base['cases']} drafts ({base['empty']} empty). The side that has more of them looks better than it is."
         )
     if main["cut"] or main["drafts_cut"]:
         notes.append(

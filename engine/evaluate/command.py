@@ -105,10 +105,11 @@ def _report(args: argparse.Namespace, say: Say, signals: Signals) -> int:
 
 
 def _export(args: argparse.Namespace, say: Say, signals: Signals) -> int:
-    from engine.evaluate.export import export
+    from engine.evaluate.export import default_folder, export
 
     with signals.at_once():
-        for line in export(args.folder, args.format, args.output or args.folder / args.format, args.variant):
+        output = args.output or args.folder / default_folder(args.format, args.variant)
+        for line in export(args.folder, args.format, output, args.variant):
             say(line)
     return EXIT_OK
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.evaluate.results import Results, write_whole
+from engine.evaluate.variants import GIVEN
 from engine.job.rows import REFINED, encode
 from engine.job.source import Fields
 
@@ -18,13 +19,39 @@ _HUMAN, _ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 def export(folder: Path, form: str, output: Path, variant: str) -> list[str]:
     """Writes the files of a format; lines that say what is in them. Raises ValueError, OSError."""
     rows = Results.read(folder).variant(variant)
+    names = names_of(rows, variant)
     output.mkdir(parents=True, exist_ok=True)
-    writers: dict[str, Callable[[Rows, Path], list[str]]] = {
+    writers: dict[str, Callable[[Rows, dict[str, str], Path], list[str]]] = {
         "alpaca_eval": _alpaca_eval,
         "fastchat": _fastchat,
         "hh_rlhf": _hh_rlhf,
     }
-    return writers[form](rows, output)
+    return writers[form](rows, names, output)
+
+
+def default_folder(form: str, variant: str) -> str:
+    """Name of the folder that a variant's files go to."""
+    return form if variant == GIVEN else f"{form}+{variant}"
+
+
+def names_of(rows: Rows, variant: str) -> dict[str, str]:
+    """What the refined answers of every base model go by."""
+    behind = REFINED if variant == GIVEN else f"{REFINED}+{variant}"
+    return {row["model"]: row["model"] + behind for row in answered(rows)}
+
+
+def check_names(names: dict[str, str]) -> None:
+    """Raises ValueError where two sides have the same name, or the same file's."""
+    owners: dict[str, str] = {}
+    sides = [(model, f"{model!r}") for model in names]
+    sides += [(name, f"the refined answers of {model!r}, {name!r}") for model, name in names.items()]
+    for name, side in sides:
+        other = owners.setdefault(file_name(name), side)
+        if other != side:
+            raise ValueError(
+                f"{other} and {side} would share the name or file {file_name(name)!r}, and no verdict could tell them apart: "
+                "evaluate an input whose models have other names"
+            )
 
 
 def answered(rows: Rows) -> list[Fields]:
@@ -73,13 +100,14 @@ def file_name(model: str) -> str:
     return re.sub(r"[^\w.+-]", "_", model)
 
 
-def _alpaca_eval(rows: Rows, output: Path) -> list[str]:
+def _alpaca_eval(rows: Rows, names: dict[str, str], output: Path) -> list[str]:
+    check_names(names)
     said = []
     for model, mine in by_model(rows).items():
         fit = [row for row in mine if single_turn(row)]
         if len(fit) < len(mine):
             said.append(f"{model}: {len(mine) - len(fit)} conversations of several turns left out")
-        for name, column in ((model, "drafts"), (model + REFINED, "answers")):
+        for name, column in ((model, "drafts"), (names[model], "answers")):
             outputs = [
                 {
                     "instruction": row["turns"][0],
@@ -95,7 +123,8 @@ def _alpaca_eval(rows: Rows, output: Path) -> list[str]:
     return said
 
 
-def _fastchat(rows: Rows, output: Path) -> list[str]:
+def _fastchat(rows: Rows, names: dict[str, str], output: Path) -> list[str]:
+    check_names(names)
     ids, said = question_ids(rows), []
     asked: dict[int, Fields] = {}
     (output / "model_answer").mkdir(exist_ok=True)
@@ -110,7 +139,7 @@ def _fastchat(rows: Rows, output: Path) -> list[str]:
                 "category": row["category"] or "general",
                 "turns": row["turns"],
             }
-        for name, column in ((model, "drafts"), (model + REFINED, "answers")):
+        for name, column in ((model, "drafts"), (names[model], "answers")):
             lines: list[Fields] = [
                 {
                     "question_id": ids[row["group"]],
@@ -129,7 +158,7 @@ def _fastchat(rows: Rows, output: Path) -> list[str]:
     return [*said, f"{output / 'question.jsonl'}: {len(questions)} questions"]
 
 
-def _hh_rlhf(rows: Rows, output: Path) -> list[str]:
+def _hh_rlhf(rows: Rows, names: dict[str, str], output: Path) -> list[str]:
     """Both sides' transcripts, and pairs decided by the rewards of the first turn."""
     sides: dict[str, list[Fields]] = {"base": [], "refined": []}
     pairs: list[Fields] = []
@@ -140,7 +169,7 @@ def _hh_rlhf(rows: Rows, output: Path) -> list[str]:
             left_out += 1
             continue
         for side, text in texts.items():
-            model = row["model"] + (REFINED if side == "refined" else "")
+            model = names[row["model"]] if side == "refined" else row["model"]
             sides[side].append({"index": row["index"], "model": model, "transcript": text})
         rewards = {"base": (row["base_rewards"] or [None])[0], "refined": (row["rewards"] or [None])[0]}
         if None in rewards.values() or rewards["base"] == rewards["refined"]:

@@ -62,6 +62,7 @@ def summary(rows: Rows, *, drafted: bool = True) -> Figures:
         "compared": len(good),
         "prompts": len({row["group"] for row in good}),
         "errors": dict(Counter(row["error"]["type"] for row in rows if row["error"])),
+        "unscored": unscored(rows),
     }
     if not good:
         return made
@@ -79,6 +80,7 @@ def summary(rows: Rows, *, drafted: bool = True) -> Figures:
         "ties": lambda row: row["preference"] == 0.5,
         "identical": lambda row: row["identical"],
         "longer": lambda row: row["length"] > row["base_length"],
+        "shorter": lambda row: row["length"] < row["base_length"],
         "cut": lambda row: row["cut"],
         "drafts_cut": lambda row: any(row["drafts_cut"]),
         "converged": lambda row: row["converged"],
@@ -88,6 +90,19 @@ def summary(rows: Rows, *, drafted: bool = True) -> Figures:
     known = [row for row in good if row["draft_seconds"] is not None]
     whole = [row["seconds"] + (row["draft_seconds"] if drafted else 0.0) for row in known]
     made["seconds_with_draft"] = spread(whole) if len(known) == len(good) else None
+    return made
+
+
+def unscored(rows: Rows) -> Figures:
+    """Of cases whose answers are there: by side how many have no reward, and how many of these an empty answer."""
+    there = [row for row in rows if row["answers"] is not None]
+    made: Figures = {}
+    for side, texts, reward in (("base", "drafts", "base_reward"), ("refined", "answers", "reward")):
+        without = [row for row in there if row[reward] is None]
+        made[side] = {
+            "cases": len(without),
+            "empty": sum(any(not text.strip() for text in row[texts]) for row in without),
+        }
     return made
 
 
@@ -168,7 +183,8 @@ def scorer_check(rows: Rows) -> Figures | None:
 
 def judged(verdicts: Rows) -> Figures:
     """Of one judge's imported verdicts: preferences for the refined answer, or scores of both."""
-    made: Figures = {"verdicts": len(verdicts), "format": verdicts[0]["format"] if verdicts else None}
+    first = verdicts[0] if verdicts else {}
+    made: Figures = {"verdicts": len(verdicts), "format": first.get("format"), "variant": first.get("variant")}
     made["win_rate"] = estimate(verdicts, lambda row: row["preference"])
     known = [row for row in verdicts if row["preference"] is not None]
     made["lc_win_rate"] = length_controlled(known) if known else None

@@ -4,17 +4,23 @@ from typing import Any
 
 from engine.evaluate.cases import Case
 from engine.evaluate.overlap import word_similarity
-from engine.evaluate.scores import Rewards
+from engine.evaluate.scores import NO_REWARD, Answers, Rewards
 from engine.job.source import Fields
 
 ByIndex = dict[int, dict[str, Any]]
 
 
 def joined(
-    case: Case, variant: str, refined: Fields | None, scores: dict[str, ByIndex], scored: dict[str, Any] | None
+    case: Case,
+    variant: str,
+    refined: Fields | None,
+    answers: Answers | None,
+    scores: dict[str, ByIndex],
+    scored: dict[str, Any] | None,
 ) -> Fields:
-    """The row; with an ``error`` it has no comparison. A case's reward is the mean over its turns, lengths are characters of
-    all its answers, overlaps are of words (1: the same)."""
+    """The row: ``refined`` is the job's, ``answers`` what was scored of it, None where it has an error. With an ``error`` it
+    has no comparison. A case's reward is the mean over its turns, lengths are characters of all its answers, overlaps are of
+    words (1: the same)."""
     row: Fields = {
         "index": case.index, "id": case.id, "variant": variant, "group": case.group, "model": case.model,
         "category": case.category, "prompt": case.prompt, "history": case.history, "turns": case.turns,
@@ -22,7 +28,7 @@ def joined(
         "best_given_reward": case.best_given_reward, "draft_seconds": case.draft_seconds,
     }  # fmt: skip
     base = scores["drafts"].get(case.index, {})
-    row |= _answers(case, refined)
+    row |= _measured(case, refined, answers)
     row["base_rewards"] = base.get("rewards", [])
     row["rewards"] = (scored or {}).get("rewards", [])
     row["base_reward"], row["reward"] = _mean(row["base_rewards"]), _mean(row["rewards"])
@@ -31,18 +37,17 @@ def joined(
     row["error"] = case.error or (refined or {}).get("error") or base.get("error") or (scored or {}).get("error")
     if row["error"] is None and (row["reward"] is None or row["base_reward"] is None):
         row["error"] = {
-            "type": "NoReward",
+            "type": NO_REWARD,
             "message": "the scorer has no reward for an answer: too long for it, or empty",
         }
     row["preference"] = None if row["error"] else _preference(row["reward"], row["base_reward"])
     return row
 
 
-def _answers(case: Case, refined: Fields | None) -> Fields:
-    if refined is None or refined["error"] is not None:
+def _measured(case: Case, refined: Fields | None, answers: Answers | None) -> Fields:
+    if refined is None or answers is None:
         return {"answers": None, "length": None}
-    turns = refined.get("answers") or [refined]
-    texts = [turn["text"] for turn in turns]
+    turns, texts = refined.get("answers") or [refined], answers.texts
     return {
         "answers": texts,
         "length": sum(len(text.strip()) for text in texts),
@@ -51,7 +56,7 @@ def _answers(case: Case, refined: Fields | None) -> Fields:
         "steps": refined["steps"],
         "forward_tokens": refined["forward_tokens"],
         "converged": refined["converged"],
-        "cut": any(turn["finish_reason"] == "length" for turn in turns),
+        "cut": any(answers.truncated),
         "seconds": refined["seconds"],
         "overlap_draft": _overlap(texts, case.drafts),
         "overlap_best": None if case.best is None else _overlap(texts, [case.best]),

@@ -23,7 +23,8 @@ controls:    alone: the refiner without a draft; shuffled: drafts of other promp
              give the same texts, and the report says of how many cases they do.
 resume:      the same command again goes on where the last one ended, however that was; another model, input, scorer or option
              is refused. rewards and controls may share an OUTPUT: what is there is not computed again.
-exit status: 0 all done, 3 some cases have errors, 2 wrong option or file, 1 failed on the way, 130 Ctrl-C, 143 SIGTERM.
+exit status: 0 all done, 3 some cases have errors, under whatever variant, 2 wrong option or file, 1 failed on the way, 130
+             Ctrl-C, 143 SIGTERM.
 """
 
 
@@ -83,7 +84,8 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--whole-drafts", action="store_true", help="do not cut drafts to --max-new-tokens")
     text = "also the answers after so many steps, such as 1,2,4,8; none: leave that out (default: 1,2,4,8)"
     group.add_argument("--reward-at-steps", type=_numbers, default=[1, 2, 4, 8], metavar="K,..", help=text)
-    group.add_argument("--overwrite", action="store_true", help="start anew")
+    text = "start anew; refined answers whose model, drafts and options are unchanged are kept"
+    group.add_argument("--overwrite", action="store_true", help=text)
     group.add_argument("--retry-errors", action="store_true", help="do what failed again")
     group.add_argument("--no-report", action="store_true", help="leave report.html and the plots out")
     _add_scorer(parser)
@@ -95,7 +97,11 @@ def _add_scorer(parser: argparse.ArgumentParser) -> None:
     scorer = parser.add_argument_group("scorer (one of these)").add_mutually_exclusive_group(required=True)
     text = "sequence classification model, folder or hub id; ArmoRM's kind needs --trust-scorer-code"
     scorer.add_argument("--reward-model", metavar="PATH", help=text)
-    scorer.add_argument("--rewards", metavar="FILE", help="rows of prompt_id or prompt, model or text, and reward")
+    text = (
+        "rows of prompt_id or prompt, model or text, and reward; a model stands for its whole draft of a single turn, "
+        "MODEL+refined for its answer under given"
+    )
+    scorer.add_argument("--rewards", metavar="FILE", help=text)
     text = "Python function of a prompt and a list of texts that returns one number, or None, for each"
     scorer.add_argument("--callable", metavar="MODULE:NAME", help=text)
     group = parser.add_argument_group("reward model")
@@ -116,7 +122,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output of rewards or controls")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    text = "where the files go (default: FOLDER/FORMAT)"
+    text = "where the files go (default: FOLDER/FORMAT, of another variant than given FOLDER/FORMAT+VARIANT)"
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--variant", default="given", help="whose answers are the refined ones (default: given)")
 
@@ -126,7 +132,6 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS)
     text = "AlpacaEval's annotations.json; FastChat's *_single.jsonl or *_pair.jsonl; rows of chosen and rejected (HH-RLHF)"
     parser.add_argument("--input", required=True, metavar="FILE", help=text)
-    parser.add_argument(
-        "--name", default=None, help="of the judge, for the report (default: the file's, without suffix)"
-    )
+    text = "of the judge, for the report (default: the file's, without suffix; +VARIANT behind it if that is not given)"
+    parser.add_argument("--name", default=None, help=text)
     parser.add_argument("--variant", default="given", help="whose answers were judged (default: given)")

@@ -11,17 +11,27 @@ STEPS, CATEGORIES, LENGTHS, CONTROLS = "steps.png", "categories.png", "lengths.p
 _BASE, _REFINED = "#888888", "#1f77b4"
 
 
-def draw(results: Results, figures: dict[str, Any]) -> list[str]:
-    """Writes what there is something to draw of; the names of the files. Raises ImportError without matplotlib."""
+def draw(results: Results, figures: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Writes what there is something to draw of; the names of the files, and what went wrong with others, which are not
+    there. Raises ImportError without matplotlib."""
     import matplotlib.figure  # noqa: F401
 
-    made = []
+    made, failed = [], []
     for name, picture in ((STEPS, _steps), (CATEGORIES, _categories), (LENGTHS, _lengths), (CONTROLS, _controls)):
         path = results.folder / name
         path.unlink(missing_ok=True)
-        if picture(results, figures, path):
-            made.append(name)
-    return made
+        try:
+            if picture(results, figures, path):
+                made.append(name)
+        except Exception as error:  # matplotlib's, of a text or number it cannot draw
+            path.unlink(missing_ok=True)
+            failed.append(f"no {name}: {type(error).__name__}: {error}")
+    return made, failed
+
+
+def _label(text: str) -> str:
+    """A text as it stands: matplotlib would read what is between two dollars as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _figure(height: float) -> Any:
@@ -46,14 +56,21 @@ def _steps(results: Results, figures: dict[str, Any], path: Path) -> bool:
     points = [(0, main["base_reward"]), *points]
     x = [step for step, _ in points]
     axes.plot(x, [one["mean"] for _, one in points], "o-", color=_REFINED, label="after so many steps (0: the draft)")
-    axes.fill_between(
-        x, [one["low"] for _, one in points], [one["high"] for _, one in points], alpha=0.2, color=_REFINED, linewidth=0
-    )
+    if all(one["prompts"] >= FEWEST for _, one in points):
+        axes.fill_between(
+            x,
+            [one["low"] for _, one in points],
+            [one["high"] for _, one in points],
+            alpha=0.2,
+            color=_REFINED,
+            linewidth=0,
+        )
     end = main["reward"]
     axes.axhline(
         end["mean"], color="black", linestyle="--", label=f"{figures['main']}: {main['steps']['mean']:.1f} steps"
     )
-    axes.axhspan(end["low"], end["high"], color="black", alpha=0.08)
+    if end["prompts"] >= FEWEST:
+        axes.axhspan(end["low"], end["high"], color="black", alpha=0.08)
     axes.set_xticks(x)
     axes.set(xlabel="Jacobi steps", ylabel="mean reward", title="Reward per step, with 95 % intervals over prompts")
     axes.legend()
@@ -71,7 +88,7 @@ def _forest(items: Sequence[tuple[str, dict[str, Any]]], title: str, path: Path)
             axes.plot([one["low"], one["high"]], [place, place], color=_REFINED, linewidth=2)
         axes.plot(one["mean"], place, "o", color=_REFINED, markerfacecolor=_REFINED if enough else "white")
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(items)), [name for name, _ in reversed(items)])
+    axes.set_yticks(range(len(items)), [_label(name) for name, _ in reversed(items)])
     axes.set(xlabel="difference of reward", title=title)
     figure.savefig(path, dpi=110)
     return True

@@ -25,18 +25,18 @@ def write_report(folder: Path) -> list[str]:
     record = {**results.record, "figures": made}
     write_whole(folder / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
     try:
-        pictures = plots.draw(results, made)
+        pictures, missing = plots.draw(results, made)
     except ImportError:
-        pictures = []
+        pictures, missing = [], ["no plots: they need matplotlib (pip install 'diffpo-engine[plot]')"]
     title, sections = sections_of(results, made, pictures)
-    write_whole(folder / "report.md", as_markdown(title, sections).encode())
-    write_whole(folder / "report.html", as_html(title, sections, folder).encode())
+    for name, text in (("report.md", as_markdown(title, sections)), ("report.html", as_html(title, sections, folder))):
+        write_whole(folder / name, text.encode(errors="backslashreplace"))
     main = made["variants"][made["main"]]
     found = f"{main['compared']} of {main['cases']} cases of {main['prompts']} prompts compared"
     if main.get("win_rate"):
         found += f", difference of reward {cell(main['difference'])}, win rate {percent(main['win_rate'])}"
-    missing = [] if pictures else ["no plots: they need matplotlib (pip install 'diffpo-engine[plot]')"]
-    return [found, *missing, f"report: {folder / 'report.html'}"]
+    others = [f"{name}: {_left_out(one)}" for name, one in made["variants"].items() if one["errors"]]
+    return [found, *others, *missing, f"report: {folder / 'report.html'}"]
 
 
 def sections_of(results: Results, made: Figures, pictures: Sequence[str]) -> tuple[str, list[Section]]:
@@ -46,7 +46,7 @@ def sections_of(results: Results, made: Figures, pictures: Sequence[str]) -> tup
         return name if name in pictures else None
 
     main = made["variants"][made["main"]]
-    sections = [_setting(results, made), _errors(results.rows[made["main"]], main)]
+    sections = [_setting(results, made), _errors(results, made)]
     if main["compared"]:
         sections += [
             Section(
@@ -84,6 +84,15 @@ def _share(count: int, of: int) -> str:
     return f"{count} of {of} ({100 * count / of:.0f} %)" if of else "–"
 
 
+def _run(setup: Figures) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setup.items())
+
+
+def _left_out(one: Figures) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in one["errors"].items())
+    return f"{sum(one['errors'].values())} of {one['cases']} cases have no comparison and are left out of every figure: {kinds}"
+
+
 def _setting(results: Results, made: Figures) -> Section:
     record, main = results.record, made["variants"][made["main"]]
     shown, setting = record["shown"], record["setting"]
@@ -98,7 +107,7 @@ def _setting(results: Results, made: Figures) -> Section:
         ["cases", f"{main['cases']}: {main['compared']} compared, of {main['prompts']} prompts"],
         ["length limit", f"{setting['limit']['max_new_tokens']} of the refiner's tokens; {cut}"],
         ["options", ", ".join(f"{name}={value}" for name, value in chosen.items() if value is not None)],
-        ["run", ", ".join(f"{name} {value}" for name, value in shown["run"].items())],
+        ["run", "; then ".join(map(_run, results.setups(made["main"]))) or "not recorded"],
     ]
     text = [
         "Means are over prompts: the drafts of one prompt share its weight. Brackets hold 95 % intervals of a paired bootstrap "
@@ -107,14 +116,23 @@ def _setting(results: Results, made: Figures) -> Section:
     return Section("What was compared", Table(["", ""], rows), text=text)
 
 
-def _errors(rows: Sequence[Figures], main: Figures) -> Section | None:
-    failed = [row for row in rows if row["error"]]
-    if not failed:
+def _errors(results: Results, made: Figures) -> Section | None:
+    """Of every variant; a case that has the same error in several of them is shown once."""
+    text, table = [], []
+    seen: set[tuple[int, str]] = set()
+    for name, rows in results.rows.items():
+        failed = [row for row in rows if row["error"]]
+        if not failed:
+            continue
+        text.append(f"{name}: {_left_out(made['variants'][name])}.")
+        new = [row for row in failed if (row["index"], row["error"]["message"]) not in seen]
+        seen |= {(row["index"], row["error"]["message"]) for row in new}
+        table += [
+            [name, str(row["id"]), row["error"]["type"], row["error"]["message"][:300]] for row in new[:MOST_ERRORS]
+        ]
+    if not text:
         return None
-    table = [[str(row["id"]), row["error"]["type"], row["error"]["message"][:300]] for row in failed[:MOST_ERRORS]]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in main["errors"].items())
-    text = f"{len(failed)} of {len(rows)} cases have no comparison and are left out of every figure: {kinds}. The first ones:"
-    return Section("Errors", Table(["id", "error", "message"], table), text=[text])
+    return Section("Errors", Table(["variant", "id", "error", "message"], table), text=[*text, "The first ones:"])
 
 
 def _main_table(made: Figures) -> Table:
@@ -248,12 +266,18 @@ def _latency(results: Results, made: Figures) -> Section:
                     cell(one["forward_tokens"], 0),
                 ]
             )  # fmt: skip
-    run = results.record["shown"]["run"]
+    setups = {name: results.setups(name) for name in made["variants"] if made["variants"][name]["compared"]}
+    run = next(iter(setups[made["main"]]), None)
+    where = "" if run is None else (
+        f", with up to {run['max_batch_size']} answers at once on {run['device']} ({run['dtype']}, {run['threads']} threads)"
+    )  # fmt: skip
     text = [
-        f"Per case, from entry to end, with up to {run['max_batch_size']} answers at once on {run['device']} "
-        f"({run['dtype']}, {run['threads']} threads): a batch's latency, not that of one request alone. Variants ran one after "
+        f"Per case, from entry to end{where}: a batch's latency, not that of one request alone. Variants ran one after "
         "the other, so a busy machine shows in the seconds; steps and token-forwards don't depend on it."
     ]
+    if any(len(mine) > 1 or mine != setups[made["main"]] for mine in setups.values()):
+        text.append("Not all of it was measured on the same setup, so these seconds are not to be compared:")
+        text += [f"{name}: {'; then '.join(map(_run, mine)) or 'not recorded'}." for name, mine in setups.items()]
     main = made["variants"][made["main"]]
     if not main["seconds_with_draft"]:
         text.append("The base model's time is not in the input (draft_seconds), so it is not counted.")
@@ -264,7 +288,7 @@ def _judges(made: Figures) -> list[Section]:
     sections = []
     for name, one in made["judges"].items():
         head = ["figure", "value"]
-        rows = [["verdicts", str(one["verdicts"])]]
+        rows = [["variant judged", one["variant"] or "not recorded"], ["verdicts", str(one["verdicts"])]]
         if one["win_rate"]:
             rows.append(["win rate of refined", percent(one["win_rate"])])
             rows.append(["length-controlled", percent(one["lc_win_rate"])])

@@ -10,6 +10,8 @@ from typing import Any
 from engine.job.source import Fields, Source
 
 RESULTS = "results.json"
+RUNS = "runs"
+"""Of a variant in the record: the setups its rows were computed with, the last one last."""
 JUDGES = "judges"
 """Folder of imported verdicts."""
 
@@ -41,6 +43,11 @@ class Results:
             raise ValueError(f"{folder} holds no finished rows yet: run its command to the end")
         judges = {path.stem: read_lines(path) for path in sorted((folder / JUDGES).glob("*.jsonl"))}
         return cls(folder, record, rows, judges)
+
+    def setups(self, name: str) -> list[dict[str, Any]]:
+        """What a variant's rows were computed with; nothing where that is not recorded."""
+        before = self.record["shown"].get("run")  # of folders written before it was kept by variant
+        return self.record["variants"][name].get(RUNS) or ([before] if before else [])
 
     def variant(self, name: str) -> list[Fields]:
         """Raises ValueError where there is none of that name."""

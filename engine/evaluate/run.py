@@ -1,5 +1,6 @@
 """An evaluation: cases through every variant of refinement, both sides scored, one row per case and variant."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.evaluate.cases import Case, read_cases
 from engine.evaluate.join import joined
-from engine.evaluate.results import RESULTS, write_whole
+from engine.evaluate.results import JUDGES, RESULTS, RUNS, write_whole
 from engine.evaluate.scores import Answers, Scoring
 from engine.evaluate.variants import GIVEN, Variant, input_rows
-from engine.job.output import Refused, difference, read_finished
+from engine.job.book import Files
+from engine.job.output import Claim, Refused, Settings, difference, read_finished, read_record
 from engine.job.questions import Questions
 from engine.job.report import Reporter
 from engine.job.rows import REFINED, encode
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from engine.refiner import Refiner
 
 WORK = "work"
+OVERWRITING = "overwriting"
+"""In results.json from the start of a run with --overwrite to its end: the same command then goes on."""
 DRAFTS, BEST = "drafts", "best"
 """Names of the sides that every variant is compared with."""
 
@@ -90,6 +94,8 @@ class Evaluation:
     whole_drafts: bool = False
     """Leave drafts longer than the refiner's limit as they are; then the two sides have not the same limit."""
     overwrite: bool = False
+    """Start anew, but for refined answers without errors whose own settings are these; an overwriting run that was cut short
+    goes on."""
     retry_errors: bool = False
 
     @property
@@ -117,7 +123,7 @@ class Evaluation:
         say: Callable[[str], None],
         check: Callable[[], None],
     ) -> int:
-        """Completes the rows of every variant; the cases with errors among those of ``given``. Raises Refused, OSError,
+        """Completes the rows of every variant; how many of them have errors, a case counted once. Raises Refused, OSError,
         EngineError, ValueError."""
         self._begin()
         cases = read_cases(self.source, self.questions, self._cutter(), self.per_prompt)
@@ -128,48 +134,99 @@ class Evaluation:
         with closing(shared):
             for variant in self.variants:
                 refined[variant.name] = self._refine(variant, cases, shared, check)
-        scoring = Scoring(self.work, cases, self.scorer, load_scorer, check, self.overwrite, self.retry_errors)
+        scoring = Scoring(self.work, cases, self.scorer, load_scorer, check, self.retry_errors)
         scores = {
-            DRAFTS: scoring.side(DRAFTS, {case.index: Answers("", case.drafts, case.cut) for case in usable}),
+            DRAFTS: scoring.side(DRAFTS, {case.index: _drafts(case) for case in usable}),
             BEST: scoring.side(
-                BEST, {c.index: Answers("+best", [c.best], [c.best_cut]) for c in usable if c.best is not None}
+                BEST, {c.index: Answers(None, [c.best], [c.best_cut]) for c in usable if c.best is not None}
             ),
         }
-        errors = 0
+        failed: set[int] = set()
         for variant in self.variants:
-            answers = {index: _answers(row) for index, row in refined[variant.name].items() if row["error"] is None}
+            answers = {
+                index: self._answers(variant, cases[index], row)
+                for index, row in refined[variant.name].items()
+                if row["error"] is None
+            }
             scored = scoring.side(variant.name, answers)
             rows = [
-                joined(case, variant.name, refined[variant.name].get(case.index), scores, scored.get(case.index))
+                joined(
+                    case, variant.name, refined[variant.name].get(case.index), answers.get(case.index), scores,
+                    scored.get(case.index),
+                )
                 for case in cases
-            ]
+            ]  # fmt: skip
             write_whole(self.folder / f"{variant.name}.jsonl", b"".join(encode(row) for row in rows))
-            errors += sum(row["error"] is not None for row in rows) if variant.name == GIVEN else 0
-        return errors
+            failed |= {row["index"] for row in rows if row["error"] is not None}
+        self._write_record({name: value for name, value in self._record().items() if name != OVERWRITING})
+        return len(failed)
+
+    def _record(self) -> dict[str, Any]:
+        """What results.json holds; nothing where there is none."""
+        path = self.folder / RESULTS
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        write_whole(self.folder / RESULTS, (json.dumps(record, indent=1) + "\n").encode())
 
     def _begin(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
-        path, setting = self.folder / RESULTS, self.setting()
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        changed = difference(before.get("setting"), setting) if before else None
-        if changed and not self.overwrite:
-            raise Refused(f"{self.folder} holds another evaluation ({changed}): give another --output, or --overwrite")
-        if before and self.overwrite:
-            for name in before.get("variants", {}):
-                (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
-        kept = before.get("variants", {}) if before and not self.overwrite else {}
+        before, setting = self._record(), self.setting()
+        known: dict[str, Any] = before.get("variants", {})
         made = {variant.name: variant.fields() for variant in self.variants}
-        clash = sorted(name for name in made if name in kept and kept[name] != made[name])
-        if clash:
+        changed = difference(before.get("setting"), setting) if before else None
+        clash = sorted(name for name in made if name in known and _without_runs(known[name]) != made[name])
+        goes_on = bool(before.get(OVERWRITING)) and not changed and not clash and set(known) == set(made)
+        anew = self.overwrite and not goes_on
+        if changed and not anew:
+            raise Refused(f"{self.folder} holds another evaluation ({changed}): give another --output, or --overwrite")
+        if clash and not anew:
             raise Refused(
                 f"{self.folder} has {', '.join(clash)} with other options: give another --output, or --overwrite"
             )
+        if anew:
+            self._drop(known)
         record = {
+            **({OVERWRITING: True} if anew or goes_on else {}),
             "setting": setting,
-            "shown": {"input": self.source.path, "model": str(self.checkpoint), "run": _run(self.load_options)},
-            "variants": {**kept, **made},
+            "shown": {"input": self.source.path, "model": str(self.checkpoint)},
+            "variants": {
+                **({} if anew else known),
+                **{name: {**fields, RUNS: known.get(name, {}).get(RUNS, [])} for name, fields in made.items()},
+            },
         }
-        write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+        self._write_record(record)
+
+    def _drop(self, known: dict[str, Any]) -> None:
+        """Removes what is begun anew: all but the refined answers of this run's variants, which their own settings judge.
+        Raises Refused where another process writes them."""
+        asked = {variant.name for variant in self.variants}
+        for name in sorted({path.name.partition(".jsonl")[0] for path in self.work.glob("*.jsonl*")}):
+            variant, _, kind = name.rpartition(".")
+            path = self.work / f"{name}.jsonl"
+            if kind == "scores" or (kind == "refined" and variant not in asked):
+                _drop_book(path)
+            elif kind == "input" and variant not in asked:
+                path.unlink(missing_ok=True)
+        for path in (*(self.folder / f"{name}.jsonl" for name in known), *(self.folder / JUDGES).glob("*.jsonl")):
+            path.unlink(missing_ok=True)
+
+    def _answers(self, variant: Variant, case: Case, row: Fields) -> Answers:
+        turns, limit = row.get("answers") or [row], variant.options.max_new_tokens
+        # a file of rewards by name means the model's answer to the prompt, as it is refined
+        named = variant.name == GIVEN and len(case.turns) == 1
+        return Answers(
+            REFINED if named else None,
+            [turn["text"] for turn in turns],
+            [self._ends_at_limit(turn, limit) for turn in turns],
+        )
+
+    def _ends_at_limit(self, turn: Fields, limit: int) -> bool:
+        """Whether an answer has no end of turn for want of room."""
+        if turn["finish_reason"] == "steps" and len(turn["token_ids"]) == limit:
+            return turn["token_ids"][-1] not in _eos(self.checkpoint, bool(self.load_options.get("trust_remote_code")))
+        return bool(turn["finish_reason"] == "length")
 
     def _cutter(self) -> Callable[[str], tuple[str, bool]]:
         from engine.text import load_tokenizer
@@ -182,7 +239,8 @@ class Evaluation:
                 return text, False
             ids = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
             if len(ids) <= limit:
-                return text, False
+                # the refiner's limit includes the end of turn: its answer of so many tokens has none either
+                return text, len(ids) == limit
             return str(tokenizer.decode(ids[:limit], skip_special_tokens=True)), True
 
         return cut
@@ -197,23 +255,73 @@ class Evaluation:
         settings = job_settings(
             source, None, self.checkpoint, self.load_options, variant.options, token_ids=True, ordered=True
         )
+        if self.overwrite and not _is_of(output, settings):
+            _drop_book(output)
+        fresh = read_record(output)[0] is None
         job = Job(
             source=source, output=output, settings=settings, options=variant.options, token_ids=True,
-            overwrite=self.overwrite, retry_errors=self.retry_errors,
+            retry_errors=self.retry_errors or self.overwrite,
         )  # fmt: skip
+
+        def take() -> RefinerLike:
+            refiner = shared.take()
+            self._note_run(variant.name, fresh)
+            return refiner
+
         reporter = Reporter(name=f"engine.evaluate {variant.name}")
         try:
-            job.run(shared.take, reporter, check)
+            job.run(take, reporter, check)
         except BaseException:
             reporter.close()
             raise
         reporter.end("finished")
         return {row.fields["id"]: row.fields for row in read_finished(output)}
 
+    def _note_run(self, name: str, fresh: bool) -> None:
+        """Records what a variant's rows are computed with, beside that of those kept."""
+        record, now = self._record(), _run(self.load_options)
+        before = [] if fresh else record["variants"][name][RUNS]
+        record["variants"][name][RUNS] = [*(run for run in before if run != now), now]
+        self._write_record(record)
 
-def _answers(row: Fields) -> Answers:
-    turns = row.get("answers") or [row]
-    return Answers(REFINED, [turn["text"] for turn in turns], [turn["finish_reason"] == "length" for turn in turns])
+
+def _is_of(output: Path, settings: Settings) -> bool:
+    """Whether the rows of an output can be read and were made with these settings."""
+    try:
+        for _ in read_finished(output) if output.exists() else ():
+            pass
+    except Refused:
+        return False
+    return difference(read_record(output)[0], settings) is None
+
+
+def _drop_book(rows: Path) -> None:
+    """Removes an output with everything beside it. Raises Refused where another process writes it."""
+    files = Files(rows, rows)
+    with Claim(rows) as claim:
+        for path in (rows, files.retry, *files.all_ahead):
+            path.unlink(missing_ok=True)
+        claim.remove()
+
+
+def _drafts(case: Case) -> Answers:
+    """A file of rewards by name means the model's whole answer to the prompt."""
+    return Answers("" if case.whole and len(case.turns) == 1 else None, case.drafts, case.cut)
+
+
+def _without_runs(variant: Fields) -> Fields:
+    return {name: value for name, value in variant.items() if name != RUNS}
+
+
+@functools.cache
+def _eos(checkpoint: Path, remote: bool) -> frozenset[int]:
+    from transformers import AutoConfig
+
+    from engine.refiner import read_vocabulary
+    from engine.text import load_tokenizer
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=remote)
+    return read_vocabulary(checkpoint, config, load_tokenizer(checkpoint, remote)).eos
 
 
 def _run(load_options: dict[str, Any]) -> dict[str, Any]:

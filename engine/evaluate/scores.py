@@ -13,23 +13,26 @@ from engine.evaluate.cases import Case
 from engine.job.book import open_book
 from engine.job.output import read_finished, read_record
 from engine.job.rows import encode
-from engine.trajectories.schema import Response, TrajectoryRow, error_fields
+from engine.trajectories.schema import Response, TrajectoryRow, error_fields, prompt_key
 from engine.trajectories.score import GROUP_ROWS, Scorer, ScoringFailed
 from engine.trajectories.sources import transcript
 
 Rewards = list["float | None"]
 Key = tuple[str, str]
+NO_REWARD = "NoReward"
+"""Type of the error of an answer that the scorer gives no number for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
     """What one side wrote."""
 
-    suffix: str
-    """Behind the base model's name."""
+    suffix: str | None
+    """Behind the base model's name; None: these are not the answers that a file of rewards means by that name."""
     texts: list[str]
     """One per turn."""
     truncated: list[bool]
+    """Which of them have no end of turn."""
 
 
 @dataclass(slots=True)
@@ -43,13 +46,13 @@ class Scoring:
     """What identifies the scorer."""
     load: Callable[[], Scorer]
     check: Callable[[], None]
-    overwrite: bool = False
     retry_errors: bool = False
     _known: dict[Key, float] = field(default_factory=dict)
     _scorer: Scorer | None = None
 
     def side(self, name: str, answers: dict[int, Answers]) -> dict[int, dict[str, Any]]:
-        """By case: ``rewards``, one per turn, None where the scorer has none, and ``error``. Raises Refused, OSError."""
+        """By case: ``rewards``, one per turn, None where the scorer has none, and ``error``, also for what has none. Raises
+        Refused, OSError."""
         path = self.folder / f"{name}.scores.jsonl"
         settings = {
             "input": {"digest": _digest(answers)},
@@ -58,10 +61,10 @@ class Scoring:
         }
         before, _ = read_record(path)
         same_scorer = before is not None and before.get("scorer") == self.identity
-        if same_scorer and not self.overwrite:
+        if same_scorer:
             self._remember(path, answers)
         # other answers, such as those of --retry-errors, begin a new file; what they share with the old one is known
-        anew = self.overwrite or (same_scorer and before is not None and before["input"] != settings["input"])
+        anew = same_scorer and before is not None and before["input"] != settings["input"]
         with open_book(path, settings, anew, self.retry_errors) as book:
             due = [index for index in answers if index not in book.done]
             if due:
@@ -73,7 +76,7 @@ class Scoring:
                         "rewards": rewards,
                         "answers": _digest({index: answers[index]}),
                         "index": index,
-                        "error": error_fields(error) if error else None,
+                        "error": error_fields(error) if error else _missing(rewards, answers[index]),
                     }
                     book.write(index, encode(line))
                 book.flush()
@@ -83,7 +86,7 @@ class Scoring:
 
     def _remember(self, path: Path, answers: dict[int, Answers]) -> None:
         for row in read_finished(path) if path.exists() else ():
-            if row.failed or row.index not in answers:
+            if row.index not in answers:
                 continue
             if row.fields["answers"] != _digest({row.index: answers[row.index]}):
                 continue
@@ -134,15 +137,27 @@ class Scoring:
         return {index: [self._known.get(key) for key in keys[index]] for index in group}
 
 
+def _missing(rewards: Rewards, answers: Answers) -> dict[str, Any] | None:
+    """The error of answers without a reward."""
+    without = [text for text, reward in zip(answers.texts, rewards, strict=True) if reward is None]
+    if not without:
+        return None
+    why = "it is empty" if not without[0].strip() else "the scorer has none for it, which may be too long"
+    return error_fields(f"an answer has no reward: {why}", NO_REWARD)
+
+
 def _pending(case: Case, answers: Answers, turn: int) -> tuple[TrajectoryRow, Response]:
     messages = case.chat(turn, answers.texts)
     single = len(messages) == 1
+    prompt = messages[0]["content"] if single else transcript(messages)
     row = TrajectoryRow(
-        prompt_id=case.id,
-        prompt=messages[0]["content"] if single else transcript(messages),
+        # the number of a row without an id may be another row's id in a file of rewards
+        prompt_id=case.id if case.own_id else prompt_key(prompt),
+        prompt=prompt,
         messages=None if single else messages,
     )
-    return row, Response(model=case.model + answers.suffix, text=answers.texts[turn], truncated=answers.truncated[turn])
+    model = "" if answers.suffix is None else case.model + answers.suffix
+    return row, Response(model=model, text=answers.texts[turn], truncated=answers.truncated[turn])
 
 
 def _digest(answers: dict[int, Answers]) -> str:

@@ -17,7 +17,8 @@ FEWEST = 6
 and the bootstrap, which draws from these five, cannot know of the other side."""
 RIDGE = 0.001
 """Penalty on the squared coefficients of the length-controlled win rate, whose data weigh 1 a prompt: it keeps them finite
-where every comparison is won, and moves the rate of five prompts by about 0.0002, that of more by less."""
+where every comparison is won, and moves the rate of five prompts that are all won by 0.001 to 0.002, that of thirty by 0.0003.
+It moves it further where length alone would tell the few that are lost."""
 _NEWTON_STEPS = 100
 _CELLS = 1 << 22  # numbers held at once while resampling
 Floats = NDArray[np.float64]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama import modeling_llama
 
-from engine.errors import UnsupportedModel
+from engine.errors import OutOfMemory, UnsupportedModel
 from engine.text import load_tokenizer
 from engine.trajectories.score import Pending, Scored, ScoringFailed
 
@@ -28,8 +29,21 @@ class RewardModel:
             self._pad, batch_size = None, 1
         model.config.pad_token_id = self._pad
         self._batch_size = batch_size
-        limit = getattr(model.config, "max_position_embeddings", None)
-        self._max_length = max_length or (limit if isinstance(limit, int) else None)
+        self._max_length = _longest(model, max_length)
+
+    @classmethod
+    def check(cls, folder: Path, *, device: str, trust_remote_code: bool) -> None:
+        """What would keep a model from being loaded or used, as far as it shows without its weights. Raises
+        UnsupportedModel, OSError, ValueError."""
+        _checked_device(device)
+        _checked_tokenizer(folder, trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        own_class = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+        if not own_class and config.num_labels != 1:
+            raise UnsupportedModel(
+                f"a reward model must give one number per text, got {config.num_labels} labels of {folder}: a classifier of "
+                "several labels is none"
+            )
 
     @classmethod
     def load(
@@ -43,9 +57,7 @@ class RewardModel:
         trust_remote_code: bool,
     ) -> "RewardModel":
         """Raises UnsupportedModel, OSError, ValueError."""
-        tokenizer = load_tokenizer(folder, trust_remote_code)
-        if tokenizer is None:
-            raise UnsupportedModel(f"{folder} holds no tokenizer: a reward model needs its own")
+        tokenizer, place = _checked_tokenizer(folder, trust_remote_code), _checked_device(device)
         try:
             with _what_armorm_imports():
                 model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -62,7 +74,7 @@ class RewardModel:
                 f"{folder} has no weights for {missing[:3]!s:.200}: it is no reward model of this class, and what these "
                 "layers would give is random; if it brings its own class, see --trust-remote-code"
             )
-        return cls(model.to(device), tokenizer, batch_size=batch_size, max_length=max_length)
+        return cls(model.to(place), tokenizer, batch_size=batch_size, max_length=max_length)
 
     def score(self, pending: Pending) -> Scored:
         ids = [self._encode(row.chat(), response.text, response.truncated) for row, response in pending]
@@ -71,9 +83,23 @@ class RewardModel:
         rewards: Scored = [None] * len(ids)
         for start in range(0, len(fits), self._batch_size):
             batch = fits[start : start + self._batch_size]
-            for i, value in zip(batch, self._forward([ids[i] for i in batch]), strict=True):
+            for i, value in zip(batch, self._values([ids[i] for i in batch]), strict=True):
                 rewards[i] = value
         return rewards
+
+    def _values(self, batch: list[list[int]]) -> list[float]:
+        """A batch that does not fit into memory goes text by text."""
+        try:
+            return self._forward(batch)
+        except OutOfMemory as error:
+            if len(batch) == 1:
+                raise ScoringFailed(
+                    f"one text of {len(batch[0])} tokens does not fit into memory ({error}): give a smaller --max-length "
+                    "(engine.evaluate: --scorer-max-length), or a device with more"
+                ) from error
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [value for ids in batch for value in self._values([ids])]
 
     @torch.inference_mode()
     def _forward(self, batch: list[list[int]]) -> list[float]:
@@ -84,6 +110,15 @@ class RewardModel:
             output = self._model(input_ids=input_ids, attention_mask=mask)
         except ValueError as error:  # ArmoRM looks for the start of the answer in the chat, and refuses one without it
             raise ScoringFailed(f"the reward model refuses this chat: {error}") from error
+        except (IndexError, RuntimeError) as error:
+            if _out_of_range(error):
+                raise ScoringFailed(
+                    f"the reward model has no embedding for a token or position of {longest} tokens ({error}): give a smaller "
+                    "--max-length (engine.evaluate: --scorer-max-length)"
+                ) from error
+            if not _out_of_memory(error):
+                raise
+            raise OutOfMemory(f"{len(batch)} texts of up to {longest} tokens: {str(error).splitlines()[0]}") from None
         score = getattr(output, "score", None)
         values = output.logits if score is None else score
         if values.numel() != len(batch):
@@ -109,6 +144,48 @@ class RewardModel:
         # the rendered text already has its special tokens
         ids: list[int] = tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _longest(model: PreTrainedModel, wanted: int | None) -> int | None:
+    """Tokens that a text may have: as ``wanted``, else as configured; never more than a table of positions has. RoBERTa and its
+    kin count theirs from behind the padding's index on."""
+    configured = getattr(model.config, "max_position_embeddings", None)
+    limit = wanted or (configured if isinstance(configured, int) else None)
+    limits = [] if limit is None else [limit]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    return min(limits, default=None)
+
+
+def _out_of_range(error: RuntimeError | IndexError) -> bool:
+    return isinstance(error, IndexError) or "out of bounds" in str(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error).lower() for text in ("out of memory", "can't allocate memory")
+    )
+
+
+def _checked_device(device: str) -> torch.device:
+    """Raises ValueError."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"the reward model's device {device!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
+    return place
+
+
+def _checked_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Raises UnsupportedModel."""
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if tokenizer is None:
+        raise UnsupportedModel(f"{folder} holds no tokenizer: a reward model needs its own")
+    return tokenizer
 
 
 @contextmanager

@@ -50,7 +50,11 @@ class Scorer(Protocol):
 
 
 class FileScorer:
-    """Rewards that a file has: trajectory rows, or rows of prompt_id or prompt, model or text, and reward."""
+    """Rewards that a file has: trajectory rows, or rows of prompt_id or prompt, model or text, and reward.
+
+    A reward of a response's text goes before one of its model, whichever names the prompt; a response whose model is "" has
+    rewards by its text alone.
+    """
 
     def __init__(self, source: Source, say: Callable[[str], None]) -> None:
         self._known: dict[tuple[str, str], float] = {}
@@ -82,11 +86,8 @@ class FileScorer:
     def score(self, pending: Pending) -> Scored:
         rewards: Scored = []
         for row, response in pending:
-            keys = [
-                (prompt, name)
-                for prompt in (str(row.prompt_id), prompt_key(row.prompt))
-                for name in (_text_key(response.text), response.model)
-            ]
+            names = [_text_key(response.text), *([response.model] if response.model else [])]
+            keys = [(prompt, name) for name in names for prompt in (str(row.prompt_id), prompt_key(row.prompt))]
             rewards.append(next((self._known[key] for key in keys if key in self._known), None))
         return rewards
 
@@ -142,13 +143,17 @@ def choose_scorer(
     options: dict[str, Any],
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], Callable[[], Scorer]]:
-    """What identifies the one of three scorers that is given, and what loads it; ``options`` are those of SCORER_DEFAULTS.
-    Raises ValueError, OSError, EngineError."""
+    """What identifies the one of three scorers that is given, and what gives it; ``options`` are those of SCORER_DEFAULTS.
+
+    A file or a function is loaded here, and of a reward model everything but its weights looked at, so that what is wrong
+    with it shows before any work. Raises ValueError, OSError, EngineError."""
     if rewards is not None:
         source = open_regular(rewards)
-        return {"rewards": source.digest}, lambda: FileScorer(source, say)
+        known = FileScorer(source, say)
+        return {"rewards": source.digest}, lambda: known
     if function is not None:
-        return {"callable": function}, lambda: CallableScorer(function)
+        called = CallableScorer(function)
+        return {"callable": function}, lambda: called
     from engine.weights import resolve_checkpoint
 
     if reward_model is None:
@@ -156,12 +161,10 @@ def choose_scorer(
     folder = resolve_checkpoint(reward_model)
     identity = {"model": checkpoint_digest(folder), "dtype": options["dtype"], "max_length": options["max_length"]}
 
-    def load() -> Scorer:
-        from engine.trajectories.reward_model import RewardModel
+    from engine.trajectories.reward_model import RewardModel
 
-        return RewardModel.load(folder, **options)
-
-    return identity, load
+    RewardModel.check(folder, device=options["device"], trust_remote_code=options["trust_remote_code"])
+    return identity, lambda: RewardModel.load(folder, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

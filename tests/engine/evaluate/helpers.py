@@ -1,7 +1,7 @@
 """What the tests of evaluation share."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,13 @@ def evaluate(
     *options: object,
     command: str = "rewards",
     scorer: str | None = "letters",
+    cut: Callable[[str], tuple[str, bool]] = lambda text: (text, False),
 ) -> tuple[int, Path]:
     """Runs the command with the stub in the place of a refiner; exit status and output folder. ``scorer`` is of
-    scorers.py."""
+    scorers.py, ``cut`` what becomes of a draft at the limit."""
     write(folder / "in.jsonl", rows)
     with stubbed(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluation, "_cutter", lambda self: lambda text: (text, False))  # the stub has no tokenizer
+        patch.setattr(Evaluation, "_cutter", lambda self: cut)  # the stub has no tokenizer
         arguments = [
             command, "--input", folder / "in.jsonl", "--output", folder / "out", "--model", model_folder(folder),
             *(["--callable", f"{SCORERS}:{scorer}"] if scorer else []), "--no-report", *options,

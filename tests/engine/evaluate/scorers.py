@@ -9,6 +9,9 @@ ASKED = "SCORER_ASKED"
 KILL_AFTER = "SCORER_KILL_AFTER"
 """Environment variable: the process is killed once so many texts were scored."""
 
+LATE = "SCORER_LATE"
+"""Environment variable: a file that ``later`` waits for."""
+
 
 def letters(prompt: str, texts: list[str]) -> list[float | None]:
     """Share of the letter e in a text, on the length of prompt and text: a function of both."""
@@ -26,6 +29,17 @@ def failing(prompt: str, texts: list[str]) -> list[float]:
     if "unscorable" in prompt:
         raise RuntimeError("no idea")
     return [float(len(text)) for text in texts]
+
+
+def drafted(prompt: str, texts: list[str]) -> list[float | None]:
+    """Nothing for answers of the stub without a draft."""
+    return [None if "from None" in text else float(len(text)) for text in texts]
+
+
+def later(prompt: str, texts: list[str]) -> list[float | None]:
+    """Nothing for a late prompt, until a file of that name is there."""
+    late = "late" in prompt and not Path(os.environ[LATE]).exists()
+    return [None if late else float(len(text)) for text in texts]
 
 
 def _note(prompt: str, texts: list[str]) -> None:

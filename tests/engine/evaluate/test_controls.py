@@ -47,9 +47,40 @@ def test_drafts_are_cut_at_the_refiners_limit(out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
     for row, given in zip(read(out / "given.jsonl"), ROWS, strict=True):
         ids = tokenizer(given["draft"])["input_ids"]
-        assert row["drafts_cut"] == [len(ids) > 16]
+        assert row["drafts_cut"] == [len(ids) >= 16]
         assert row["drafts"] == [tokenizer.decode(ids[:16]) if len(ids) > 16 else given["draft"]]
     assert read(out / "given.jsonl")[2]["drafts_cut"] == [True]
+
+
+def test_an_answer_that_fills_the_limit_is_cut(out: Path) -> None:
+    """Also after K steps, whose iterate then has no end of turn."""
+    end = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT).eos_token_id
+    reasons = set()
+    for path in (out / "work").glob("*.refined.jsonl"):
+        done = {row["id"]: row["answers"][0] for row in read(path)}
+        for row in read(out / path.name.replace(".refined", "")):
+            answer = done[row["index"]]
+            full = len(answer["token_ids"]) == 16 and answer["token_ids"][-1] != end
+            assert row["cut"] == full, path
+            reasons |= {answer["finish_reason"]} if full else set()
+    assert reasons == {"length", "steps"}
+
+
+def test_a_draft_that_fills_the_limit_is_cut_as_the_same_answer_would_be(out: Path, tmp_path: Path) -> None:
+    """A refined answer of so many tokens has no room for the end of turn."""
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
+    ids = tokenizer(ROWS[2]["draft"], add_special_tokens=False)["input_ids"]
+    texts = {count: tokenizer.decode(ids[:count]) for count in (15, 16, 17)}
+    assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) == n for n, text in texts.items())
+    write(tmp_path / "in.jsonl", [{**ROWS[0], "draft": text} for text in texts.values()])
+    arguments = [
+        "rewards", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out", "--callable", f"{SCORERS}:letters",
+        "--max-new-tokens", "16", "--reward-at-steps", "none", "--no-report",
+    ]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    made = read(tmp_path / "out" / "given.jsonl")
+    assert [row["drafts_cut"] for row in made] == [[False], [True], [True]]
+    assert [row["drafts"][0] for row in made] == [texts[15], texts[16], texts[16]]
 
 
 def test_the_report_says_what_the_controls_show(out: Path) -> None:

@@ -193,3 +193,92 @@ def test_verdicts_on_other_answers_are_refused(
     assert "none of its 1 verdicts" in capsys.readouterr().err
     assert main(["export", str(single), "--format", "alpaca_eval", "--variant", "alone"]) == 2
     assert "no variant 'alone': it has given" in capsys.readouterr().err
+
+
+def test_a_base_model_may_have_been_refined_before(tmp_path: Path) -> None:
+    rows = [{**row, "model": "one+refined"} for row in CONVERSATIONS if row["model"] == "one"]
+    _, out = evaluate(tmp_path, rows, "--reward-at-steps", "none")
+    folder = export(out, "fastchat")
+    names = ["one+refined", "one+refined+refined"]
+    assert {path.stem for path in (folder / "model_answer").iterdir()} == set(names)
+    single_scores = [
+        {"question_id": 1, "model": name, "turn": 1, "score": score} for name, score in zip(names, (3, 8), strict=True)
+    ]
+    (verdict,) = verdicts(out, "fastchat", write(tmp_path / "single.jsonl", single_scores))
+    assert (verdict["base_score"], verdict["score"], verdict["preference"]) == (3.0, 8.0, 1.0)
+    winners = [("model_1", 0.0), ("model_2", 1.0)]
+    pairs = [
+        {"question_id": q, "model_1": names[0], "model_2": names[1], "g1_winner": w, "g2_winner": w, "turn": 1}
+        for q, (w, _) in enumerate(winners, 1)
+    ]
+    found = verdicts(out, "fastchat", write(tmp_path / "pair.jsonl", pairs))
+    assert [verdict["preference"] for verdict in found] == [preference for _, preference in winners]
+
+
+def test_the_generator_tells_whose_an_equal_text_is(tmp_path: Path) -> None:
+    row = {"prompt": "Question?", "draft": "same", "model": "one+refined"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.engine.job.stub.answer", lambda value: "same")
+        _, out = evaluate(tmp_path, [row], "--reward-at-steps", "none")
+    names = {"generator_1": "one+refined", "generator_2": "one+refined+refined"}
+    annotation = {"instruction": "Question?", "output_1": "same", "output_2": "same", **names, "preference": 2}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([annotation]))
+    (verdict,) = verdicts(out, "alpaca_eval", path)
+    assert verdict["preference"] == 1.0
+
+
+@pytest.mark.parametrize("models", [("one", "one+refined"), ("two/2b", "two_2b")])
+def test_names_that_collide_are_refused(
+    tmp_path: Path, models: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = evaluate(tmp_path, questions(2, models), "--reward-at-steps", "none")
+    for form in ("alpaca_eval", "fastchat"):
+        assert main(["export", str(out), "--format", form]) == 2
+        assert "would share the name or file" in capsys.readouterr().err
+    assert main(["export", str(out), "--format", "hh_rlhf"]) == 0
+
+
+def test_verdicts_know_their_variant(tmp_path: Path) -> None:
+    rows = questions(6, ("one",))
+    _, out = evaluate(tmp_path, rows, "--controls", "alone", command="controls")
+    for variant in ("given", "alone"):
+        assert main(["export", str(out), "--format", "alpaca_eval", "--variant", variant]) == 0
+    assert {path.name for path in (out / "alpaca_eval").iterdir()} == {"one.json", "one+refined.json"}
+    folder = out / "alpaca_eval+alone"
+    assert {path.name for path in folder.iterdir()} == {"one.json", "one+refined+alone.json"}
+    base, alone = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "one+refined+alone"))
+    assert {row["generator"] for row in alone} == {"one+refined+alone"}
+    path = tmp_path / "annotations.json"
+    path.write_text(
+        json.dumps(
+            [
+                {"instruction": a["instruction"], "output_1": a["output"], "output_2": b["output"], "preference": 2}
+                for a, b in zip(base, alone, strict=True)
+            ]
+        )
+    )
+    imported = ["import", str(out), "--format", "alpaca_eval", "--input", str(path), "--variant", "alone"]
+    assert main(imported) == 0
+    assert {row["variant"] for row in read(out / "judges" / "annotations+alone.jsonl")} == {"alone"}
+    assert shown(out, "annotations+alone")["variant"] == "alone"
+    assert "| variant judged | alone |" in (out / "report.md").read_text()
+
+
+def test_odd_verdicts_are_reported_rows(turns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(turns, "fastchat")
+    pair = {"question_id": 1.0, "model_1": "one", "model_2": "one+refined", "turn": 1.0}
+    lines = [
+        {**pair, "g1_winner": "model_2", "g2_winner": "model_2"},
+        {**pair, "g1_winner": ["model_2"], "g2_winner": {"a": 1}},
+        {**pair, "question_id": [1], "g1_winner": "model_2", "g2_winner": "model_2"},
+        {**pair, "turn": 1.5, "g1_winner": "model_2", "g2_winner": "model_2"},
+        {**pair, "model_1": ["one"], "g1_winner": "model_2", "g2_winner": "model_2"},
+        {"question_id": {"a": 1}, "model": "one", "turn": 1, "score": 3},
+        {"question_id": 1, "model": "one", "turn": 1.0, "score": 3},
+        {"question_id": 1, "model": "one+refined", "turn": 1, "score": 4},
+    ]
+    path = write(tmp_path / "odd.jsonl", lines)
+    assert main(["import", str(turns), "--format", "fastchat", "--input", str(path)]) == 3
+    assert [(v["turn"], v["preference"]) for v in read(turns / "judges" / "odd.jsonl")] == [(1, 1.0), (1, 1.0)]
+    assert "2 verdicts, 1 that say nothing, 4 about other answers" in capsys.readouterr().err

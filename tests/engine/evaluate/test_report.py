@@ -104,3 +104,63 @@ def test_what_misleads_is_said(tmp_path: Path) -> None:
     assert "The refined answer is longer in 12 of 12 cases" in text
     assert "The scorer is a Python function" in text
     assert "The base model's time is not in the input" in text
+
+
+@pytest.mark.parametrize(("answer", "side"), [("e", None), ("e", "shorter"), ("much longer", "longer")])
+def test_lengths_of_one_side_are_said_as_they_are(
+    tmp_path: Path, answer: str, side: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal lengths are neither."""
+    monkeypatch.setattr("tests.engine.job.stub.answer", lambda value: answer)
+    drafts = ["e" if side is None and i else "e" * (i % 3 + 2) for i in range(40)]
+    rows = [{"prompt": f"Question {i}?", "draft": draft} for i, draft in enumerate(drafts)]
+    _, out = evaluate(tmp_path, rows, "--reward-at-steps", "none")
+    assert main(["report", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    if side is None:
+        assert "equal lengths are outside" not in text
+    else:
+        assert f"The refined answer is {side} in 40 of 40 cases" in text
+
+
+def test_a_dollar_is_no_formula(tmp_path: Path) -> None:
+    rows = [{**row, "category": "price $5_$"} for row in questions(8, ("one",))]
+    _, out = evaluate(tmp_path, rows, "--reward-at-steps", "none")
+    assert main(["report", str(out)]) == 0
+    assert (out / "categories.png").exists()
+    assert "price $5_$" in (out / "report.md").read_text()
+
+
+def test_a_plot_that_fails_costs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> bool:
+        raise ValueError("cannot be drawn")
+
+    monkeypatch.setattr("engine.evaluate.plots._categories", fail)
+    _, out = evaluate(tmp_path, questions(8), "--reward-at-steps", "none")
+    assert main(["report", str(out)]) == 0
+    assert "no categories.png: ValueError: cannot be drawn" in capsys.readouterr().err
+    assert {path.name for path in out.glob("*.png")} == {"lengths.png"}
+    assert (out / "report.html").exists()
+
+
+def test_nothing_to_draw_is_no_missing_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(tmp_path, [{"prompt": "no draft"}], "--reward-at-steps", "none")[0] == 3
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "matplotlib" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompts", [5, 6])
+def test_intervals_of_a_few_prompts_are_not_drawn(
+    tmp_path: Path, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn = []
+    for name in ("fill_between", "axhspan"):
+        monkeypatch.setattr(Axes, name, lambda *arguments, name=name, **options: drawn.append(name))
+    _, out = evaluate(tmp_path, questions(prompts), "--reward-at-steps", "1")
+    assert main(["report", str(out)]) == 0
+    assert (out / "steps.png").exists()
+    assert drawn == ([] if prompts == 5 else ["fill_between", "axhspan"])

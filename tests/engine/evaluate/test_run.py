@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from engine.evaluate.cases import read_cases
+from engine.job.source import Source
 from engine.request import Request
 from tests.engine.evaluate import scorers
 from tests.engine.evaluate.helpers import MODELS, evaluate, questions, read, write
@@ -135,9 +137,6 @@ def test_every_response_of_a_trajectory_is_a_draft(tmp_path: Path) -> None:
 
 
 def test_drafts_have_the_limit_of_the_answers(tmp_path: Path) -> None:
-    from engine.evaluate.cases import read_cases
-    from engine.job.source import Source
-
     def cut(text: str) -> tuple[str, bool]:
         return " ".join(text.split()[:3]), len(text.split()) > 3
 
@@ -146,6 +145,71 @@ def test_drafts_have_the_limit_of_the_answers(tmp_path: Path) -> None:
     )
     cases = read_cases(Source.open(str(path)), None, cut)
     assert [(case.drafts, case.cut) for case in cases] == [(["one two three"], [True]), (["one"], [False])]
+
+
+def test_only_the_last_turns_may_be_without_a_draft(tmp_path: Path) -> None:
+    asked = ["First?", "Second?", "Third?"]
+    rows = [
+        {"id": 0, "turns": asked, "drafts": [None, "to the second"]},
+        {"id": 1, "turns": asked, "drafts": ["to the first", None, "to the third"]},
+        {"id": 2, "turns": asked, "drafts": ["to the first", "to the second", None]},
+        {"question_id": 5, "choices": [{"turns": [None, "to the second"]}]},
+    ]
+    write(tmp_path / "questions.jsonl", [{"question_id": 5, "turns": asked}])
+    status, out = evaluate(tmp_path, rows, *FEW, "--questions", tmp_path / "questions.jsonl")
+    assert status == 3
+    made = read(out / "given.jsonl")
+    assert [row["id"] for row in made] == [0, 1, 2, 5]
+    for row, turn in ((made[0], 1), (made[1], 2), (made[3], 1)):
+        assert row["error"]["type"] == "InvalidRequest"
+        assert row["error"]["message"].startswith(f"turn {turn} of ")
+    assert made[2]["error"] is None
+    assert made[2]["turns"] == asked[:2]
+
+
+def test_a_response_that_was_cut_before_stays_cut(tmp_path: Path) -> None:
+    responses = [
+        {"model": "a", "text": "complete", "reward": 1.0},
+        {"model": "b", "text": "broken o", "reward": 2.0, "truncated": True},
+    ]
+    rows = [{"prompt": "Q?", "responses": responses}, {"prompt": "Q?", "draft": "mine", "responses": responses}]
+    path = write(tmp_path / "in.jsonl", rows)
+    cases = read_cases(Source.open(str(path)), None, lambda text: (text, False))
+    assert [(case.cut, case.best_cut) for case in cases] == [([False], True), ([True], True), ([False], True)]
+
+
+def test_half_a_surrogate_pair_costs_its_row(tmp_path: Path) -> None:
+    good = {"id": "fine", "prompt": "Question?", "draft": "x", "model": "one", "category": "easy"}
+    rows = [good, *({**good, name: "\ud800"} for name in ("id", "model", "category"))]
+    status, out = evaluate(tmp_path, rows, *FEW)
+    assert status == 3
+    made = read(out / "given.jsonl")
+    assert [(row["id"], row["error"] and row["error"]["type"]) for row in made] == [
+        ("fine", None), (1, "InvalidTrajectory"), ("fine", "InvalidTrajectory"), ("fine", "InvalidTrajectory")
+    ]  # fmt: skip
+    assert figures(out)["variants"]["given"]["compared"] == 1
+
+
+def test_errors_of_a_control_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = questions(3, ("one",))
+    status, out = evaluate(tmp_path, rows, *FEW, "--controls", "alone", command="controls", scorer="drafted")
+    assert status == 3
+    assert figures(out)["variants"]["given"]["compared"] == 3
+    assert "alone: 3 of 3 cases have no comparison" in capsys.readouterr().err
+    text = (out / "report.md").read_text()
+    assert "alone: 3 of 3 cases have no comparison" in text
+    assert "| alone | 0 | NoReward |" in text
+
+
+def test_empty_answers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [*questions(4, ("one",)), {"prompt": "Question?", "draft": "worthless"}, {"prompt": "Mute?", "draft": "x"}]
+    monkeypatch.setattr("tests.engine.job.stub.answer", lambda value: "" if value.prompt == "Mute?" else "answer")
+    status, out = evaluate(tmp_path, rows, *FEW)
+    assert status == 3
+    assert figures(out)["variants"]["given"]["unscored"] == {
+        "base": {"cases": 1, "empty": 0}, "refined": {"cases": 1, "empty": 1}
+    }  # fmt: skip
+    assert "1 refined answers (1 empty) and 1 drafts (0 empty)" in (out / "report.md").read_text()
 
 
 def finished(out: Path) -> dict[str, bytes]:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    RobertaConfig,
+)
 from transformers.models.llama import modeling_llama
 
 from engine.refiner import DEFAULT_CHECKPOINT
@@ -170,6 +178,81 @@ def test_rewards_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert rewards(made) == [[1.0, 9.0], [2.0, None, 3.0], []]
     told = capsys.readouterr().err
     assert all(f"known.jsonl, row {i}: " in told for i in (3, 4, 5))
+
+
+def test_a_text_says_more_than_a_name(tmp_path: Path) -> None:
+    known = [
+        {"prompt_id": "p0", "model": "a", "reward": 1},
+        {"prompt": "Question 0?", "text": "short", "reward": 2},
+    ]
+    _, made = score(tmp_path, "--rewards", write(tmp_path / "known.jsonl", known))
+    assert rewards(made)[0] == [2.0, 9.0]
+
+
+CONFIGS = {"RoBERTa": RobertaConfig, "GPT2": GPT2Config}
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_length", "status"), [("RoBERTa", None, 0), ("RoBERTa", 13, 0), ("GPT2", None, 0), ("GPT2", 13, 3)]
+)
+def test_a_text_longer_than_the_positions_costs_itself(
+    tmp_path: Path, kind: str, max_length: int | None, status: int
+) -> None:
+    """RoBERTa's begin behind the padding: 12 of them hold 10 tokens. Of GPT2's more may be asked for than there are."""
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "rm")
+    changes = {"GPT2": {"n_positions": 10}}.get(kind, {"max_position_embeddings": 12})
+    made = CONFIGS[kind](
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, pad_token_id=1, **changes,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path / "rm")
+    counts = {n: len(tokenizer("Question 1?", "a" + " a" * n)["input_ids"]) for n in range(12)}
+    fits, exceeds = (next(n for n, count in counts.items() if count == wanted) for wanted in (10, 11))
+    rows = [row(1, ("m", "a" + " a" * fits, None)), row(1, ("m", "a" + " a" * exceeds, None))]
+    options = ("--max-length", max_length) if max_length else ()
+    found, scored = score(tmp_path, "--reward-model", tmp_path / "rm", *options, rows=rows)
+    assert found == status
+    assert isinstance(rewards(scored)[0][0], float)
+    assert rewards(scored)[1] == [None]
+    if status:
+        assert scored[1]["error"]["type"] == "ScoringFailed"  # type: ignore[index]
+        assert "--max-length" in scored[1]["error"]["message"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_what_does_not_fit_into_memory_goes_text_by_text(
+    tmp_path: Path, reward_model: Path, kind: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(i, ("a", text, None)) for i, text in enumerate(("one", "two", "three and many more words", "four"))]
+    status, wanted = score(tmp_path, "--reward-model", reward_model, "--batch-size", "1", rows=rows)
+    assert status == 0
+    longest = 0
+    forward = LlamaForSequenceClassification.forward
+
+    def small(self: LlamaForSequenceClassification, *, input_ids: torch.Tensor, **options: torch.Tensor) -> object:
+        nonlocal longest
+        longest = max(longest, input_ids.shape[1])
+        if len(input_ids) > 1 or input_ids.shape[1] == longest:
+            raise kind("out of memory: tried to allocate much")
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", small)
+    (tmp_path / "scored.jsonl").unlink()
+    (tmp_path / "scored.jsonl.job").unlink()
+    status, made = score(tmp_path, "--reward-model", reward_model, rows=rows)
+    assert status == 3
+    failed = [one["error"] and one["error"]["type"] for one in made]  # type: ignore[index]
+    assert failed == [None, None, "ScoringFailed", None]
+    assert "does not fit into memory" in made[2]["error"]["message"]  # type: ignore[index]
+    for i in (0, 1, 3):
+        assert rewards(made)[i] == pytest.approx(rewards(wanted)[i], abs=1e-6)
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(tmp_path, "--reward-model", reward_model, "--device", "cuda:99")[0] == 2
+    assert "device 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
 @pytest.fixture
