@@ -53,13 +53,14 @@ def _evaluate(args: argparse.Namespace, say: Say, signals: Signals) -> int:
         questions, digest = read_questions(args.questions) if args.questions else (None, None)
         identity, load_scorer = choose_scorer(args.reward_model, args.rewards, args.callable, scorer_options, say)
 
+        from engine.evaluate.folder import Folder
         from engine.evaluate.run import Evaluation  # PyTorch: only once the files are in order
         from engine.refiner import DEFAULT_CHECKPOINT, Refiner
         from engine.weights import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(args.model or DEFAULT_CHECKPOINT)
         evaluation = Evaluation(
-            folder=args.output,
+            folder=Folder(args.output),
             source=source,
             questions=questions,
             questions_digest=digest,
