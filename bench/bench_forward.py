@@ -3,11 +3,12 @@
 import argparse
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from bench.measure import interleaved, medians, ratio
+from bench.measure import interleaved, medians, ratios
 from engine.batch import Feed, StepBatch
 from engine.kernels import linear_argmax
 from engine.kv_cache import KVCache, pages_for
@@ -15,8 +16,8 @@ from engine.model import Decoder
 from engine.weights import resolve_checkpoint
 
 
-def measure_forward(folder: Path, sizes: tuple[int, ...], rounds: int, prompt: int = 100) -> list[dict[str, float]]:
-    """Rows of seconds and ratio (transformers / lean); both end with the argmax of every new row."""
+def measure_forward(folder: Path, sizes: tuple[int, ...], rounds: int, prompt: int = 100) -> list[dict[str, Any]]:
+    """Seconds and the ratios transformers / lean, for every size; both end with the argmax of every new row."""
     folder = resolve_checkpoint(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lean = Decoder.load(folder, theirs.config, torch.float32, torch.device("cpu"))
@@ -36,7 +37,7 @@ def measure_forward(folder: Path, sizes: tuple[int, ...], rounds: int, prompt: i
         }
         assert torch.equal(variants["transformers"](), variants["lean"]())
         seconds = interleaved(variants, rounds)
-        rows.append({"tokens": size, **medians(seconds), "ratio": ratio(seconds, "transformers", "lean")})
+        rows.append({"tokens": size, **medians(seconds), "ratios": ratios(seconds, "transformers", "lean")})
     return rows
 
 
@@ -58,7 +59,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     for row in measure_forward(args.model, (1, 2, 4, 8, 16, 32, 64, 128, 256), args.rounds):
-        print("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
+        least, median, most = row.pop("ratios")
+        print("  ".join(f"{k} {v:.5g}" for k, v in row.items()), f" ratio {median:.3g} ({least:.3g} to {most:.3g})")
 
 
 if __name__ == "__main__":

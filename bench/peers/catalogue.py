@@ -22,13 +22,16 @@ from engine.trajectories.reward_model import RewardModel
 
 BASE = "base"
 REFINER = "refiner, token by token"
-CORRECTOR = "Aligner-style, token by token"
+ALIGNER = "Aligner-style"
+CORRECTOR = f"{ALIGNER}, token by token"
 CONVERGED = "DiffPO, converged"
 STEPS = (1, 2, 4, 8)
 REFINER_BEST_OF = "refiner, best of 4"
 BEST_OF = (4, 16)
 LOOKUP_TOKENS = 10
 """Most tokens that transformers' prompt lookup tries at a time, its documentation's value."""
+ARGS_CANDIDATES = 10
+"""Tokens that ARGS tries at each step by its authors' default."""
 
 
 class Checkpoint:
@@ -97,8 +100,8 @@ def peers(models: Models, settings: Settings) -> dict[str, Peer]:
     codec, modules = refiner.engine._codec, refiner.modules
     made |= {
         CORRECTOR: EnginePeer(corrector.engine, one_by_one, tokens, takes_draft=True),
-        "Aligner-style, this engine": EnginePeer(corrector.engine, shown, tokens, takes_draft=True),
-        "Aligner-style, prompt lookup": Generate(
+        f"{ALIGNER}, this engine": EnginePeer(corrector.engine, shown, tokens, takes_draft=True),
+        f"{ALIGNER}, prompt lookup": Generate(
             corrector.modules, corrector.engine._codec, tokens, condition=DEFAULT_CONDITION, takes_draft=True,
             prompt_lookup_num_tokens=LOOKUP_TOKENS,
         ),
@@ -128,5 +131,5 @@ def reference(name: str) -> str | None:
     if name == REFINER_BEST_OF:
         return None
     family = name.partition(",")[0]
-    same = {"refiner": REFINER, "Aligner-style": CORRECTOR}.get(family)
+    same = {"refiner": REFINER, ALIGNER: CORRECTOR}.get(family)
     return None if same == name else same

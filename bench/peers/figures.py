@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.evaluate.statistics import Estimate, paired_bootstrap
+from bench.peers.catalogue import ALIGNER
+from bench.reproduction.paper.claims import broken
+from bench.reproduction.paper.compare import Answers
+from engine.evaluate.statistics import FEWEST, Estimate, paired_bootstrap
 
 Results = dict[str, Any]
 Columns = dict[str, list[Any]]
 PARTS = ("draft", "refinement", "reward")
+UNTRAINED = "untrained corrector"
+"""What Aligner-style is called where the refiner is shown a prompt that it was not trained on."""
 
 
 def columns(results: Results, method: str, batch: str) -> Columns | None:
@@ -25,13 +30,43 @@ def batches(results: Results) -> list[str]:
     return sorted((name for name, loads in results["loads"].items() if loads), key=lambda name: int(name.split()[1]))
 
 
+def untrained(results: Results) -> bool:
+    """Whether the run had no model of its own that reads drafts in its prompt."""
+    return results["settings"]["models"]["corrector"] is None
+
+
+def label(results: Results, method: str) -> str:
+    """What a method is called on the page and in the picture."""
+    return method.replace(ALIGNER, UNTRAINED, 1) if untrained(results) and method.startswith(ALIGNER) else method
+
+
 def scores(results: Results, method: str) -> dict[int, float]:
-    """Reward by prompt; the answers at several batch sizes, which sampling noise and rounding apart are the same, averaged."""
+    """Reward by prompt."""
+    return by_prompt(results, method, "score")
+
+
+def by_prompt(results: Results, method: str, column: str) -> dict[int, float]:
+    """The answers at several batch sizes, which sampling noise and rounding apart are the same, averaged; prompts without a
+    value are left out."""
     found: dict[int, list[float]] = defaultdict(list)
     for measured in results["methods"][method].values():
-        for prompt, score in zip(measured["prompt"], measured["score"], strict=True):
-            found[prompt].append(score)
+        if column in measured:
+            for prompt, value in zip(measured["prompt"], measured[column], strict=True):
+                if value is not None:
+                    found[prompt].append(value)
     return {prompt: sum(values) / len(values) for prompt, values in sorted(found.items())}
+
+
+def text_broken(results: Results, method: str) -> bool:
+    """By the rule of the paper's tables, on the prompts that the method answered; False where too little is known."""
+    own = by_prompt(results, method, "nats")
+    if len(own) < FEWEST:
+        return False
+    sets = {method: Answers({"nats": list(own.values())})}
+    for model, found in results.get("real", {}).items():
+        pairs = zip(found["prompt"], found["nats"], strict=True)
+        sets[model] = Answers({"nats": [nats for prompt, nats in pairs if prompt in own]})
+    return broken(sets, method)
 
 
 def mean(values: dict[int, float]) -> Estimate:
@@ -60,7 +95,8 @@ def average(values: Sequence[float]) -> float:
 
 def ratio(results: Results, method: str, other: str, batch: str, *, cpu: bool = False) -> Estimate | None:
     """Geometric mean, over the requests that both answered in the same batch, of the seconds of one over the other's, or of the
-    CPU seconds of the batch; the interval is over batches, whose requests share what the machine did at the time."""
+    CPU seconds of the batch; the interval is over batches, whose requests share what the machine did at the time. Those of the
+    same prompts, which tell nothing of other prompts, are averaged and count once."""
     ours, theirs = (columns(results, name, batch) for name in (method, other))
     if ours is None or theirs is None:
         return None
@@ -73,7 +109,10 @@ def ratio(results: Results, method: str, other: str, batch: str, *, cpu: bool = 
     ]
     if not shared:
         return None
-    found = paired_bootstrap([value for _, value in shared], [turn for turn, _ in shared])
+    first: dict[int, int] = {}  # prompt of every batch
+    for turn, prompt in _keys(ours):
+        first[turn] = min(prompt, first.get(turn, prompt))
+    found = paired_bootstrap([value for _, value in shared], [first[turn] for turn, _ in shared])
     return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.cases, found.prompts)
 
 

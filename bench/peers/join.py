@@ -15,12 +15,16 @@ from bench.reproduction.measure import dump
 
 def join(runs: list[Results]) -> Results:
     """The batches of all runs; ``machine`` is the first run's, ``machines`` holds all. Raises ValueError where they differ in
-    their settings, which would compare what cannot be compared."""
+    their settings, development prompts among them, in threads or in cpu: that would compare what cannot be compared."""
     first, *others = runs
     joined: Results = json.loads(json.dumps(first))
     for other in others:
         if other["settings"] != first["settings"]:
             raise ValueError(f"runs must have the same settings, got {first['settings']} and {other['settings']}")
+        for name in ("threads", "cpu"):
+            ours, theirs = (run["machine"].get(name) for run in (first, other))
+            if ours != theirs:
+                raise ValueError(f"runs must have the same {name}, got {ours} and {theirs}")
         joined["left_out"] += other["left_out"]
         for method, found in other["methods"].items():
             for batch, columns in found.items():

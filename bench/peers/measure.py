@@ -1,5 +1,6 @@
 """Takes peers through the same requests, batch by batch and in turn, and keeps what every answer cost and is worth."""
 
+import functools
 import itertools
 import math
 import os
@@ -9,14 +10,16 @@ from typing import Any, Protocol
 
 from bench.peers.answer import Answer, Peer
 from bench.peers.catalogue import BASE, reference
+from bench.peers.fluency import Reader
 from engine import Request
 
 COLUMNS = (
     "turn", "prompt", "draft", "refinement", "reward", "token_forwards", "sequential_steps", "reward_tokens",
-    "cpu", "tokens", "score", "same",
+    "cpu", "tokens", "score", "nats", "same",
 )  # fmt: skip
 """Of the results: the number of the batch and of the prompt, what the answer cost, the CPU seconds of its whole batch with the
-drafts it takes, its length and reward, and whether its tokens are those of its reference."""
+drafts it takes, its length, its reward, its nats per token where they are known, and whether its tokens are those of its
+reference."""
 Record = Callable[[dict[str, Any]], None]
 
 
@@ -37,22 +40,27 @@ def measure(
     limits: Mapping[str, int],
     record: Record,
     minutes: float = math.inf,
+    fluency: Reader | None = None,
 ) -> dict[str, Any]:
     """``batches``: of every batch size how many of the requests are asked; ``limits``: peers that get so many at most; after
     ``minutes`` no further batch begins.
 
     The drafts of a batch are made once, and their time counts for each peer that takes them. Between one batch and the next
-    of its size the order of the peers moves on by one. ``record`` gets the results after every batch.
+    of its size the order of the peers moves on by one. ``record`` gets the results after every batch; their ``left_out`` are
+    the planned batches that they do not have. With ``fluency`` answers get their nats per token, after their batch.
     """
-    results: dict[str, Any] = {"loads": {f"batch {size}": [] for size in batches}, "methods": {}, "left_out": 0}
-    end = time.monotonic() + 60 * minutes
     plan = _plan(batches, rounds)
+    results: dict[str, Any] = {"loads": {f"batch {size}": [] for size in batches}, "methods": {}, "left_out": len(plan)}
+    end = time.monotonic() + 60 * minutes
+    nats = functools.cache(fluency.nats) if fluency else None  # many methods give the same text
     for done, (size, turn, start) in enumerate(plan):
         if time.monotonic() > end:
-            results["left_out"] = len(plan) - done
             record(results)
             break
         group = requests[start : min(start + size, batches[size])]
+        # base always comes first, behind the judging of the batch before, which leaves its weights out of the caches: its
+        # first pass is slower than those of the peers, which come behind one another, so one is made that is not timed
+        base.answer(group, ())
         drafts, of_drafts = _timed(base, group, ())
         answers, cpu = {BASE: drafts}, {BASE: of_drafts}
         names = [name for name, peer in peers.items() if _takes(peer, len(group), limits.get(name), start)]
@@ -64,8 +72,13 @@ def measure(
             same = answers.get(reference(name) or "")
             columns["turn"] += [turn] * len(group)
             columns["cpu"] += [round(cpu[name], 4)] * len(group)
+            columns["nats"] += [
+                nats(request.prompt or "", answer.text or "") if nats else None
+                for request, answer in zip(group, answers[name], strict=True)
+            ]
             _add(columns, start, answers[name], judge.judge(group, answers[name]), same)
         results["loads"][f"batch {size}"].append(round(os.getloadavg()[0], 2))
+        results["left_out"] = len(plan) - done - 1
         record(results)
     return results
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from bench.measure import RESULTS
 from bench.peers import figures
-from bench.peers.catalogue import BASE, CONVERGED, CORRECTOR, REFINER, reference
+from bench.peers.catalogue import ALIGNER, BASE, CONVERGED, CORRECTOR, REFINER, REFINER_BEST_OF, reference
 from bench.peers.figures import Results, percentile
-from bench.peers.table import FEWEST
+from bench.peers.table import BROKEN
+from engine.evaluate.statistics import FEWEST
 
 
 def lines(results: Results) -> dict[str, list[str]]:
@@ -21,8 +22,9 @@ def lines(results: Results) -> dict[str, list[str]]:
         "base": [BASE],
         "best of n": [name for name in methods if name.startswith("best of")],
         **{name: [name] for name in methods if name.startswith("ARGS")},
-        "Aligner-style": [CORRECTOR],
+        figures.label(results, ALIGNER): [CORRECTOR],
         "refiner alone": [REFINER],
+        REFINER_BEST_OF: [REFINER_BEST_OF],
         "DiffPO, by steps": [*steps, CONVERGED],
         "DiffPO, public loop": ["DiffPO, public loop"],
     }
@@ -36,7 +38,10 @@ def rewards(results: Results, name: str) -> dict[int, float]:
 
 
 def draw(results: Results, batch: str, panel: Any) -> None:
-    """Medians and quartiles of the CPU seconds of a batch; mean rewards with 95% intervals."""
+    """Medians and quartiles of the CPU seconds of a batch; mean rewards with 95% intervals. Broken text is hollow, and no part
+    of a curve."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for number, (label, names) in enumerate(lines(results).items()):
         shown = [(name, found) for name in names if (found := figures.columns(results, name, batch)) is not None]
         shown = [(name, found) for name, found in shown if len(rewards(results, name)) >= FEWEST]
@@ -48,9 +53,14 @@ def draw(results: Results, batch: str, panel: Any) -> None:
         across = [[at - percentile(values, 25) for at, values in zip(x, seconds, strict=True)],
                   [percentile(values, 75) - at for at, values in zip(x, seconds, strict=True)]]  # fmt: skip
         up = [[one.mean - one.low for one in means], [one.high - one.mean for one in means]]
-        panel.errorbar(
-            x, y, yerr=up, xerr=across, fmt="o-", color=f"C{number}", label=label, markersize=4, elinewidth=0.7
-        )
+        style: dict[str, Any] = {"color": f"C{number}", "markersize": 4, "elinewidth": 0.7}
+        hollow = [figures.text_broken(results, name) for name, _ in shown]
+        for broken, form in ((False, {"fmt": "o-"}), (True, {"fmt": "o", "markerfacecolor": "none"})):
+            at = [place for place, value in enumerate(hollow) if value == broken]
+            if at:
+                some = [[values[place] for place in at] for values in (x, y, *across, *up)]
+                named = f"{label} ({BROKEN})" if broken else label
+                panel.errorbar(*some[:2], xerr=some[2:4], yerr=some[4:], label=named, **style, **form)
         for (name, _), place in zip(shown, zip(x, y, strict=True), strict=True):
             if len(shown) > 1:
                 panel.annotate(
@@ -61,8 +71,9 @@ def draw(results: Results, batch: str, panel: Any) -> None:
                     xytext=(3, 3),
                 )
     panel.set(title=batch, xlabel="CPU seconds of a batch, drafts included, median", xscale="log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.tick_params(axis="x", which="both", labelsize=7)
     panel.grid(alpha=0.3, which="both")
 
@@ -77,8 +88,11 @@ def plot(results: Results, path: Path) -> None:
     for batch, panel in zip(sizes, panels, strict=True):
         draw(results, batch, panel)
     panels[0].set_ylabel("reward, mean with 95% interval")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    found = {}  # a method may be missing at a batch size
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
 
 

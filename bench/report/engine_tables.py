@@ -5,13 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.peers import figures
+from bench.peers.catalogue import CONVERGED, REFINER_BEST_OF
 from bench.report.results import Results
 from bench.report.tables import table
+from bench.reproduction.paper.claims import HOLDS, broken, verdict
 from bench.reproduction.paper.compare import Answers, difference
 from bench.reproduction.paper.compare import shown as told
-from bench.reproduction.table import by_prompt, interval
+from bench.reproduction.table import by_prompt, interval, less
+from engine.evaluate.statistics import FEWEST, Estimate
 
-SUBJECTS = {"shipped": "shipped", "llama-135m-random": "135M"}
 BATCHES = ("generate_batch_1", "generate_batch_16")
 CASES = {
     "refine_given_draft": "unrelated draft",
@@ -19,7 +22,25 @@ CASES = {
     "refine_right_draft": "the draft is already right",
     "refine_random_draft": "random draft, nothing accepted, no re-alignment",
 }
-Find = Callable[[dict[str, Any]], float | None]
+Find = Callable[[dict[str, Any]], list[float]]
+
+
+def subjects(cpu: dict[str, Any]) -> list[str]:
+    """The models that were measured; the one that ships comes first. Raises KeyError without any."""
+    found = [name for name, of_model in cpu.items() if isinstance(of_model, dict) and "forward" in of_model]
+    if not found:
+        raise KeyError("no model in cpu.json")
+    return found
+
+
+def identical(cpu: dict[str, Any]) -> str:
+    """How many of the answers that were compared with transformers' greedy generate are its answers."""
+    works = [
+        (work["identical"], cpu[model][stage]["batch"])
+        for model in subjects(cpu) for stage in BATCHES for work in cpu[model][stage]["work"].values()
+    ]  # fmt: skip
+    same, compared = (sum(column) for column in zip(*works, strict=True))
+    return f"all {compared}" if same == compared else f"{same} of {compared}"
 
 
 def times(value: float | None, digits: int = 1) -> str:
@@ -27,48 +48,71 @@ def times(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}f}x"
 
 
+def of_rounds(least: float, median: float, most: float) -> str:
+    """A ratio and its rounds'."""
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f"{median:.{digits}f}x ({least:.{digits}f} to {most:.{digits}f})"
+
+
 def refinement(cpu: dict[str, Any]) -> str:
     """How many times as fast as what: a row per case, a column per checkpoint."""
+    models = subjects(cpu)
+    rows: list[list[str]] = []
 
-    def row(than: str, case: str, *finds: Find, digits: int = 1) -> list[str]:
-        cells = [[times(find(cpu[subject]), digits) for find in finds] for subject in SUBJECTS]
-        return [than, case, *(" / ".join(filter(None, found)) for found in cells)]
+    def row(than: str, case: str, find: Find) -> None:
+        cells = []
+        for model in models:
+            try:
+                cells.append(of_rounds(*find(cpu[model])))
+            except KeyError:  # a stage that this model was not taken through
+                cells.append("")
+        rows.append([than, case, *cells])
 
-    def ratio(stage: str, name: str) -> Find:
-        return lambda of: of[stage]["ratio"][name] if stage in of else None
-
-    batches = " / ".join(str(cpu["shipped"][stage]["batch"]) for stage in BATCHES)
-    rows = [row("the public script's algorithm (full forward per step, no cache)", "unrelated draft, batch 1",
-                lambda of: of["script"]["ratio"])]  # fmt: skip
+    row("the public script's algorithm (full forward per step, no cache)", "unrelated draft, batch 1",
+        lambda of: of["script"]["ratios"])  # fmt: skip
+    batches = {stage: cpu["shipped"][stage]["batch"] for stage in BATCHES}
     than = "`transformers` greedy generate (static or dynamic cache, the faster)"
     for name, case in CASES.items():
-        rows.append(row(than, f"{case}, batch {batches}", *(ratio(stage, name) for stage in BATCHES)))
+        for stage, batch in batches.items():
+            row(than, f"{case}, batch {batch}", lambda of, stage=stage, name=name: of[stage]["ratios"][name])  # type: ignore[misc]
+            than = ""
+    than = "this engine token by token"
+    for stage, batch in batches.items():
+        row(than, f"random draft, as above, batch {batch}",
+            lambda of, stage=stage: of[stage]["token_by_token_over_random_draft"])  # type: ignore[misc] # fmt: skip
         than = ""
-    alone = "token_by_token_over_random_draft"
-    rows.append(row("this engine token by token", f"random draft, as above, batch {batches}",
-                    *(lambda of, s=stage: of[s][alone] for stage in BATCHES), digits=2))  # type: ignore[misc] # fmt: skip
-    again = ("realign_batch_1", "realign_batch_16")
-    rows.append(row("re-alignment off", f"answer conditioned on the draft, batch {batches}",
-                    *(ratio(stage, "realign_off") for stage in again), digits=2))  # fmt: skip
-    rows.append(row("`transformers` prompt lookup", "the same, batch 1", ratio(again[0], "prompt_lookup")))
-    tokens = " / ".join(str(each["tokens"]) for each in cpu["shipped"]["forward"])
-    forwards: list[Find] = [lambda of, i=i: of["forward"][i]["ratio"] for i in range(len(cpu["shipped"]["forward"]))]  # type: ignore[misc]
-    rows.append(row("`transformers` forward behind a prompt", f"{tokens} new tokens", *forwards))
-    return table(["faster than", "case", *SUBJECTS.values()], rows)
+    than = "re-alignment off"
+    for stage, batch in zip(("realign_batch_1", "realign_batch_16"), batches.values(), strict=True):
+        row(than, f"answer conditioned on the draft, batch {batch}",
+            lambda of, stage=stage: of[stage]["ratios"]["realign_off"])  # type: ignore[misc] # fmt: skip
+        than = ""
+    row(
+        "`transformers` prompt lookup", "the same, batch 1", lambda of: of["realign_batch_1"]["ratios"]["prompt_lookup"]
+    )
+    than = "`transformers` forward behind a prompt"
+    for number, size in enumerate(found["tokens"] for found in cpu["shipped"]["forward"]):
+        row(than, f"{size} new tokens", lambda of, number=number: of["forward"][number]["ratios"])  # type: ignore[misc]
+        than = ""
+    return table(["faster than", "case", *models], rows)
 
 
 def refinement_work(cpu: dict[str, Any]) -> str:
     """Seconds, sequential steps and token positions fed, and whether the answers were generate's."""
     rows = []
-    for subject, shown in SUBJECTS.items():
+    for model in subjects(cpu):
         for stage in BATCHES:
-            found = cpu[subject][stage]
+            found = cpu[model][stage]
+
+            def seconds(name: str, found: dict[str, Any] = found) -> str:
+                least, most = found["spread"][name]
+                return f"{found['seconds'][name]:.3f} ({least:.3f} to {most:.3f})"
+
             base = found["faster_generate"]
-            rows.append([shown, str(found["batch"]), base.replace("generate_", "generate, cache: "),
-                         f"{found['seconds'][base]:.3f}", f"{found['answer_tokens']:,}", "", "", ""])  # fmt: skip
+            rows.append([model, str(found["batch"]), base.replace("generate_", "generate, cache: "),
+                         seconds(base), f"{found['answer_tokens']:,}", "", "", ""])  # fmt: skip
             for name, work in found["work"].items():
                 rows.append([
-                    shown, str(found["batch"]), CASES.get(name, "token by token"), f"{found['seconds'][name]:.3f}",
+                    model, str(found["batch"]), CASES.get(name, "token by token"), seconds(name),
                     f"{work['tokens']:,}", f"{work['steps']:,}", f"{work['forward_tokens']:,}",
                     f"{work['identical']} of {found['batch']}",
                 ])  # fmt: skip
@@ -87,20 +131,21 @@ def headlines(results: Results) -> str:
 
     def both(case: str) -> str:
         return ", ".join(
-            f"{shown}: {' / '.join(times(cpu[name][stage]['ratio'][case]) for stage in BATCHES)}"
-            for name, shown in SUBJECTS.items()
+            f"{model}: {' / '.join(times(cpu[model][stage]['ratios'][case][1]) for stage in BATCHES)}"
+            for model in subjects(cpu)
         )
 
     dense = [found for name, found in loss.items() if "ours/compile" in found and not name.startswith("states")]
-    plain = [row["ratios"]["train_step, one by one"]["one by one"] for row in training["rows"]]
-    unclear = sum(low <= 1 <= high for low, _, high in plain)
+    plain: dict[str, list[float]] = {}
+    for row in training["rows"]:
+        plain.setdefault(row["dtype"], []).append(row["ratios"]["train_step, one by one"]["one by one"][1])
     many, *_ = results["serve"]["against the engine in one process"].values()
     batches = [
         found["static, sorted / continuous"] for name, found in results["batching"].items() if name[:6] == "batch "
     ]
-    nothing = [cpu[name][stage]["token_by_token_over_random_draft"] for name in SUBJECTS for stage in BATCHES]
+    nothing = [cpu[model][stage]["token_by_token_over_random_draft"][1] for model in subjects(cpu) for stage in BATCHES]
     generate = "`transformers` generate, speed, batch " + " / ".join(str(cpu["shipped"][s]["batch"]) for s in BATCHES)
-    script = ", ".join(f"{shown}: {times(cpu[name]['script']['ratio'])}" for name, shown in SUBJECTS.items())
+    script = ", ".join(f"{model}: {times(cpu[model]['script']['ratios'][1])}" for model in subjects(cpu))
     rows = [
         ["refine, an unrelated draft", "the public script's algorithm, speed, batch 1", script],
         ["refine, the draft is already right", generate, both("refine_right_draft")],
@@ -110,13 +155,15 @@ def headlines(results: Results) -> str:
         ["the same, memory beyond the gradients", "eager PyTorch, all of its memory",
          span([d["ours beyond gradients / eager"] for d in dense], 3)],
         ["train_step", "the strongest plain loop, speed",
-         f"{span([median for _, median, _ in plain])}x: within the spread in {unclear} of {len(plain)} settings"],
+         ", ".join(f"{dtype}: {span(found)}x" for dtype, found in plain.items())],
         ["HTTP server, many clients", "AsyncRefiner in the clients' process, answers/s",
          f"{times(many['throughput, served / one process'], 2)}"],
         ["continuous batching", "static batches sorted by length, speed", f"{span(batches)}x"],
     ]  # fmt: skip
     rows.append(jacobi_steps(results["reproduction"]))
-    return table(["what", "against", "measured"], [*rows, *alignment(results["paper_tables"])])
+    return table(
+        ["what", "against", "measured"], [*rows, *alignment(results["paper_tables"]), *search(results["peers"])]
+    )
 
 
 def alignment(paper: dict[str, Any]) -> list[list[str]]:
@@ -124,26 +171,55 @@ def alignment(paper: dict[str, Any]) -> list[list[str]]:
     sets = {name: Answers(columns) for name, columns in paper["answers"].items()}
     against = {"the base": "base", "+ DPO": "dpo", "+ SimPO": "simpo", "plain fine-tuning": "ar"}
     found = {said: difference(sets["diffpo"], sets[name]) for said, name in against.items()}
-    verdict = "" if found["plain fine-tuning"].low > 0 else ": not above that"
     given, random = sets["base + diffpo, 4 steps"], sets["base + diffpo, 4 steps, random"]
-    earned = difference(given, random)
+    few = "the same after 4 steps from the base's draft" + (
+        ", broken text" if broken(sets, "base + diffpo, 4 steps") else ""
+    )
+
+    def judged(estimate: Estimate) -> str:
+        return told(estimate) if verdict(estimate) == HOLDS else f"{told(estimate)}: {verdict(estimate)}"
+
     return [
-        ["a 135M DiffPO refiner, converged", "the base it is made of, reward", f"+{told(found['the base'])}"],
-        ["", "the base + DPO / + SimPO, reward", f"+{told(found['+ DPO'])} / +{told(found['+ SimPO'])}"],
-        ["", "plain fine-tuning on the same responses, reward", told(found["plain fine-tuning"]) + verdict],
-        ["the same after 4 steps from the base's draft", "from a random draft, reward",
-         told(earned) + ("" if earned.low > 0 else ": the draft earns nothing")],
+        ["a 135M DiffPO refiner, converged", "the base it is made of, reward above it", judged(found["the base"])],
+        ["", "the base + DPO / + SimPO, reward above it", f"{judged(found['+ DPO'])} / {judged(found['+ SimPO'])}"],
+        ["", "plain fine-tuning on the same responses, reward above it", judged(found["plain fine-tuning"])],
+        [few, "from a random draft, reward above it", judged(difference(given, random))],
     ]  # fmt: skip
+
+
+def search(peers: dict[str, Any]) -> list[list[str]]:
+    """The refiner's converged answer against methods that search with the reward model: the base's best of most samples, and
+    whichever gets the highest reward."""
+    others = {
+        name: found
+        for name in peers["methods"]
+        if (name.startswith(("best of", "ARGS")) or name == REFINER_BEST_OF) and not figures.text_broken(peers, name)
+        and (found := figures.difference(peers, CONVERGED, name)).prompts >= FEWEST
+    }  # fmt: skip
+    chosen = dict.fromkeys([f"best of {max(peers['settings']['best_of'])}", min(others, key=lambda n: others[n].mean)])
+    rows = []
+    for name in chosen:
+        cost = figures.ratio(peers, CONVERGED, name, "batch 1", cpu=True)
+        taken = f", at {cost.mean:.2f} of its CPU time" if cost else ""
+        rows.append(
+            ["", f"{name}, which searches with the judge itself, reward above it", f"{told(others[name])}{taken}"]
+        )
+    rows[0][0] = f"{peers['settings']['models']['refiner']}, converged"
+    return rows
 
 
 def jacobi_steps(reproduction: dict[str, Any]) -> list[str]:
     """Whether DiffPO training makes Jacobi converge in fewer steps, while the answers remain answers."""
-    found = [
-        interval(by_prompt(reproduction["runs"][run]["sets"]["plain"]["given"], "steps")) for run in ("omega-1", "ar")
+    ours, theirs = (
+        by_prompt(reproduction["runs"][run]["sets"]["plain"]["given"], "steps") for run in ("omega-1", "ar")
+    )
+    mean, low, high = interval(less(ours, theirs))
+    found = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) of {interval(theirs)[0]:.1f}"
+    return [
+        "Jacobi steps after training with omega 1",
+        "plain fine-tuning",
+        found + ("" if high < 0 else ": not fewer"),
     ]
-    ours, theirs = (f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in found)
-    verdict = "" if found[0][2] < found[1][1] else ": not fewer"
-    return ["Jacobi steps after training with omega 1", "plain fine-tuning", f"{ours} against {theirs}{verdict}"]
 
 
 def triton_kernels(folder: Path) -> str:

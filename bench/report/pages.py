@@ -79,8 +79,11 @@ def fill(template: str, results: Results) -> str:
         "included": partial(included, results),
         "stated": stated,
         "span": engine_tables.span,
+        "identical": engine_tables.identical,
+        "language_model": engine_tables.subjects(results["cpu"])[-1],
         "exists": lambda name: (results.folder / name).exists(),
     }
+    environment.filters["memory_ratio"] = lambda peak: peak["one by one"] / peak["train_step, one by one"]
     environment.filters["times"] = engine_tables.times
     environment.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
     return environment.get_template(template).render()

@@ -1,7 +1,7 @@
 """Which files of bench/results/ the page shows, where, and what is known of how each came about."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,15 @@ class Source:
 
     section: str
     command: str
-    spread: str | Callable[[Any], str]
+    spread: str
     optional: bool = False
     """Whether the page is complete without it."""
-
-
-def _of_rounds(cpu: dict[str, Any]) -> str:
-    known = "spread" in cpu["shipped"]["generate_batch_1"]
-    return "shortest and longest round, in the file" if known else f"{NOT_RECORDED}: medians of rounds in turn"
+    note: bool = True
+    """Whether to tell the run's note; not where the page beside the file does."""
 
 
 SOURCES: dict[str, Source] = {
-    "cpu": Source("Refinement", "python -m bench.run", _of_rounds),
+    "cpu": Source("Refinement", "python -m bench.run", "least and most over the rounds"),
     "suite": Source(
         "Operations, steps and requests",
         "python -m bench.suite",
@@ -44,6 +41,10 @@ SOURCES: dict[str, Source] = {
     ),
     "train_step_cpu": Source("Training step", "python -m bench.bench_train_step", "quartiles over the rounds"),
     "reproduction": Source("Training for fewer steps", "bench/reproduction/run.sh", "intervals over prompts"),
+    "training_run": Source(
+        "Training for fewer steps", "python -m bench.training_run", "one run, every step in the file"
+    ),
+    "build": Source("Building trajectories", "python -m bench.bench_build", "rounds, in the file"),
     "serve": Source("Server", "python -m bench.bench_serve", "percentiles over requests; rounds, in the file"),
     "batching": Source("Continuous batching", "python -m bench.bench_batching", "smallest and largest round"),
     "job": Source("Batch command", "python -m bench.bench_job", "not recorded: one run"),
@@ -56,7 +57,7 @@ SOURCES: dict[str, Source] = {
     "paper_tables": Source(
         "The paper's tables", "python -m bench.reproduction.paper.table", "in the tables", optional=True
     ),
-    "peers": Source("Other systems", "python -m bench.peers", "in the tables", optional=True),
+    "peers": Source("Other systems", "python -m bench.peers", "in the tables", optional=True, note=False),
 }
 """By the name of the file, in the order of the page."""
 
@@ -112,13 +113,13 @@ def about(results: Results, name: str) -> str:
         "Hardware": of_all(hardware),
         "versions": of_all(versions),
         "load": of_all(loads),
-        "spread": source.spread if isinstance(source.spread, str) else source.spread(found),
+        "spread": source.spread,
         "command": command,
         "commit": of("commit"),
         "date": of("date"),
     }
     said = "; ".join(f"{key}: {value or NOT_RECORDED}" for key, value in parts.items())
-    note = f" Note of the run: {found['note']}." if found.get("note") else ""
+    note = f" Note of the run: {found['note']}." if found.get("note") and source.note else ""
     return f"*[{name}.json]({name}.json). {said}.*{note}"
 
 

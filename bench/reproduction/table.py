@@ -155,13 +155,14 @@ def differences(results: dict[str, Any], kind: str) -> str:
 
 
 def controls(results: dict[str, Any], kind: str) -> str:
-    """What the draft is good for: the same prompts with another guess, or none."""
+    """What the draft is good for: another guess, or none, on the prompts that every run was given all of them for."""
     names = [*(f"after_{steps}_tokens" for steps in STEPS), "converged_tokens"]
     head = ["run", "guess", "tokens per step", *(f"after {steps}" for steps in STEPS), "converged"]
     rows = []
+    every = (columns for measured in results.values() for columns in measured["sets"][kind].values())
+    prompts = set.intersection(*(set(columns["prompt"]) for columns in every))
     for run, measured in results.items():
         sets = measured["sets"][kind]
-        prompts = set.intersection(*(set(columns["prompt"]) for columns in sets.values()))
         for control in (control for control in CONTROLS if control in sets):
             columns = sets[control]
             kept = [plain_cell({p: v for p, v in by_prompt(columns, name).items() if p in prompts}) for name in names]

@@ -43,7 +43,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", choices=SIZES, default="quick")
-    parser.add_argument("--passes", type=int, default=4, help="two at least; Ctrl-C keeps those that are done")
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=4,
+        help="two at least; bench.compare needs three, and tells smaller changes with more; Ctrl-C keeps those that are done",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch and the kernels; 0: as they are")
     parser.add_argument("-k", dest="keyword", help="only tests whose names match, as pytest has it")
     parser.add_argument("--out", type=Path, default=RESULTS / "suite.json")

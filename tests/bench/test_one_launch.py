@@ -123,6 +123,8 @@ class Children(Uncaptured):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
     return Driver(tmp_path_factory.mktemp("driver"))
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from engine.refiner import DEFAULT_CHECKPOINT
 from engine.training.layout import rank
 from engine.trajectories.dataset import load
 
+ROOT = Path(__file__).parents[2]
 WORDS = "a small refiner reads the draft of an answer and writes it again with fewer mistakes".split()
 
 
@@ -345,3 +348,25 @@ def test_a_stage_is_timed_and_its_failure_is_passed_on(tmp_path: Path, monkeypat
         else:
             stage.main()
     assert set(read(path)["seconds"]["some"]) == {"clock", "processor"}
+
+
+def test_what_was_made_from_older_files_is_made_again(tmp_path: Path) -> None:
+    made, source = tmp_path / "made", tmp_path / "source"
+    source.write_text("")
+    assert not answering.current(made, source)
+    made.write_text("")
+    assert answering.current(made, source)
+    os.utime(source, ns=(made.stat().st_mtime_ns + 1,) * 2)
+    assert not answering.current(made, source)
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    """Of the settings it was begun with: models of a quick run would be taken for those of the whole one."""
+    (tmp_path / "responses.jsonl").write_text("{}\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings").write_text("limit 24, quick 1\n")
+    command = ["sh", str(ROOT / "bench/reproduction/paper.sh"), "responses.jsonl", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "run holds a run of: limit 24, quick 1; this one is: limit 96, prompts 240" in done.stderr
+    assert "Give another folder" in done.stderr

@@ -10,6 +10,7 @@ from bench.peers.answer import Answer, Cost
 from bench.peers.catalogue import BASE, Models, Settings, load, peers, reference
 from bench.peers.engine_peers import BaseModel
 from bench.peers.measure import measure
+from bench.reproduction.paper.measure import Fluency
 from engine import Request
 from engine.refiner import DEFAULT_CHECKPOINT
 
@@ -65,6 +66,7 @@ def test_every_peer_answers_and_the_lossless_ones_agree(models: Models) -> None:
     results = measure(
         BaseModel(models.base.engine, TOKENS), made, requests, models.base.scorer,
         batches={1: 1, 3: 3}, rounds=1, limits={}, record=lambda results: None,
+        fluency=Fluency(DEFAULT_CHECKPOINT),
     )  # fmt: skip
     methods = results["methods"]
     assert set(methods) == {BASE, *made}
@@ -75,6 +77,11 @@ def test_every_peer_answers_and_the_lossless_ones_agree(models: Models) -> None:
         assert same == ({True} if reference(name) else {None})
     # the refiner is the base model here: without a reward its answers are those of ARGS
     assert methods["ARGS, weight 0"]["batch 3"]["score"] == methods[BASE]["batch 3"]["score"]
+    # texts that are the same are as likely
+    nats = {name: found["batch 3"]["nats"] for name, found in methods.items() if name in together}
+    assert all(len(values) == 3 for values in nats.values())
+    assert any(value is not None for value in nats[BASE])
+    assert nats["DiffPO, converged"] == nats["refiner, token by token"] == nats[BASE]
     # the first four of sixteen samples are the four
     pairs = zip(*(methods[f"best of {n}"]["batch 3"]["score"] for n in (4, 16)), strict=True)
     assert all(few <= many for few, many in pairs)

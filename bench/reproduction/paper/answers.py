@@ -1,6 +1,6 @@
 """Answers to the held-out prompts: of every base, and of every refiner behind it, into one file per set of answers.
 
-A set whose checkpoint or drafts are not there yet is left for the next call, one whose file is there is not made again.
+A set whose checkpoint or drafts are not there yet is left for the next call, one that is newer than they are is not made again.
 """
 
 import argparse
@@ -78,6 +78,19 @@ def checkpoint(folder: Path, model: str) -> Path:
     return folder / "lm" if model == "base" else folder / model / "model"
 
 
+def current(made: Path, *sources: Path) -> bool:
+    """Whether a file is there and none of what it was made from is newer."""
+    return made.exists() and all(made.stat().st_mtime_ns >= source.stat().st_mtime_ns for source in sources)
+
+
+def sources(plan: Plan, folder: Path) -> list[Path]:
+    """The files that a set of answers is made from."""
+    found = [folder / "data/held_out.jsonl", checkpoint(folder, plan.model) / "model.safetensors"]
+    if plan.draft and plan.draft not in REAL and plan.control != "random":
+        found.append(folder / "answers" / f"{plan.draft}.jsonl")
+    return found
+
+
 def drafts(plan: Plan, rows: Sequence[Fields], folder: Path, tokenizer: Any, limit: int) -> list[str] | None:
     """One draft per prompt, None while there are none yet."""
     rng = random.Random(0)
@@ -143,7 +156,9 @@ def main() -> None:
     refiner, loaded = None, None
     for plan in plans():
         path, folder = args.folder / "answers" / f"{plan.name}.jsonl", checkpoint(args.folder, plan.model)
-        if path.exists() or not folder.exists():
+        if not all(source.exists() for source in sources(plan, args.folder)):
+            continue
+        if current(path, *sources(plan, args.folder)):
             continue
         if loaded != folder:
             if refiner:

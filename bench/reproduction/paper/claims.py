@@ -83,4 +83,6 @@ def counted(sets: Mapping[str, Answers], name: str) -> tuple[str, str]:
     text = f"higher {better}, lower {worse}, open {known.count(OPEN)} of {len(known)}"
     if unreadable:
         return f"{text}; text broken in {unreadable}", BROKEN
-    return text, HOLDS if better == len(known) else FAILS if worse else OPEN
+    if worse:
+        return text, f"does not hold: lower behind {worse}"
+    return text, HOLDS if better == len(known) else f"open: higher behind {better} of {len(known)}"

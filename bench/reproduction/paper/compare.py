@@ -55,9 +55,10 @@ def wins(one: Answers, other: Answers) -> Estimate:
 
 
 def length_controlled(one: Answers, other: Answers) -> Estimate | None:
-    """The same for answers of equal length; None where every length differs alike."""
+    """The same for answers of equal length; None where one's are all longer, or all shorter: that would be extrapolated."""
     lengths = one.columns["characters"], other.columns["characters"]
-    if len(set(np.subtract(*lengths).tolist())) < 2:
+    longer = np.subtract(*lengths)
+    if longer.min() > 0 or longer.max() < 0 or longer.min() == longer.max():
         return None
     return length_controlled_win_rate(preferences(*rewards(one, other)), *lengths)
 

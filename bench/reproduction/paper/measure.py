@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.measure import machine
 from bench.reproduction.data import Fields
 from bench.reproduction.measure import history, similarity
-from bench.reproduction.paper.answers import REAL, plans
+from bench.reproduction.paper.answers import REAL, current, plans
 from bench.reproduction.paper.results import update
 from bench.reproduction.paper.reward import load, score
 from engine.trajectories.reward_model import RewardModel
@@ -103,7 +103,8 @@ def main() -> None:
             made = real_answers(held_out, name)
         else:
             made = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-        if not kept.exists():
+        source = args.folder / "data/held_out.jsonl" if name in REAL else answers
+        if not current(kept, source, *(args.folder / part / "model.safetensors" for part in ("reward", "lm"))):
             kept.write_text(json.dumps(columns(held_out, made, reward, fluency)))
         again = [repeated(answer["text"]) for answer in made]
         update(args.results, f"answers/{name}", {**json.loads(kept.read_text()), "repeated": again})

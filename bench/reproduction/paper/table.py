@@ -3,13 +3,13 @@
 Rewards, differences and win rates are means over held-out prompts with 95 % intervals, computed by engine.evaluate.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.measure import RESULTS
 from bench.page import write_page
 from bench.reproduction.paper.answers import OWN, REAL, STEPS
 from bench.reproduction.paper.claims import ALIGNED, claims
@@ -18,6 +18,7 @@ from bench.reproduction.table import controls, differences, overview, similariti
 from engine.evaluate.tables import markdown
 
 READING = Path(__file__).with_name("reading.md")
+"""Written by hand about one file of results, whose hash its first line has."""
 PAPER_MAIN = {"base": "36.83", "dpo": "47.20", "simpo": "52.57", "diffpo": "55.84"}
 """Length-controlled win rates of AlpacaEval 2 with Llama-3-8B-Instruct, against GPT-4-turbo's answers (arXiv 2503.04240)."""
 PAPER_BASES = (
@@ -202,15 +203,20 @@ def drafts(sets: Sets) -> str:
 
 
 def cost(sets: Sets) -> str:
-    """Work per answer, the base's own included where it writes here."""
+    """Work per answer; what the base did to write the draft is a part of it, and is also shown by itself."""
     rows = []
     for text, name, _ in main_rows(sets):
-        if name in sets:
-            one = sets[name]
-            cells = [f"{np.mean(one.columns[column]):.1f}" for column in ("tokens", "steps", "forward_tokens")]
-            ended = sum(reason == "eos" for reason in one.columns["finish_reason"])
-            rows.append([text, *cells, f"{ended} of {len(one.columns['prompt'])}"])
-    return markdown(["answers", "tokens", "sequential steps", "tokens fed to the model", "ended by themselves"], rows)
+        if name not in sets:
+            continue
+        one = sets[name]
+        cells = [f"{np.mean(one.columns['tokens']):.1f}"]
+        for column in ("steps", "forward_tokens"):
+            own = np.mean(one.columns[column])
+            draft = np.mean(sets["base"].columns[column]) if name.startswith("base +") else 0
+            cells.append(f"{own + draft:.1f}" + (f" ({draft:.1f} of them the draft's)" if draft else ""))
+        ended = sum(reason == "eos" for reason in one.columns["finish_reason"])
+        rows.append([text, *cells, f"{ended} of {len(one.columns['prompt'])}"])
+    return markdown(["answers", "tokens", "sequential steps", "tokens fed to a model", "ended by themselves"], rows)
 
 
 def training(results: dict[str, Any]) -> str:
@@ -250,13 +256,13 @@ def seconds(results: dict[str, Any]) -> str:
     return markdown(["stage", "seconds of one core", "by the clock"], [*rows, ["all", *map(str, total)]])
 
 
-def report(results: dict[str, Any], reading: str = "") -> str:
+def report(results: dict[str, Any], read: str = "") -> str:
     """All tables as Markdown."""
     sets = {name: Answers(columns) for name, columns in results.get("answers", {}).items()}
     steps = {run: results["steps"][run] for run in RUNS if run in results.get("steps", {})}
     parts = [("The paper's claims at this scale", markdown(["claim", "the paper", "here", "verdict"], claims(sets)))]
-    if reading:
-        parts.append(("Reading them", reading))
+    if read:
+        parts.append(("Reading them", read))
     if "reward_model" in results:  # not where the folder had one from before the results
         parts.append(("The reward model against the judge, held-out prompts", reward_model(results["reward_model"])))
     parts += [
@@ -286,10 +292,20 @@ def report(results: dict[str, Any], reading: str = "") -> str:
     return "\n".join(f"### {title}\n\n{table}" for title, table in parts)
 
 
+def figures_hash(results: dict[str, Any]) -> str:
+    """Of what a reading is about: the tables as they are shown, but for the times."""
+    return hashlib.sha256(report(results | {"seconds": {}}).encode()).hexdigest()[:16]
+
+
+def reading(results: dict[str, Any]) -> str:
+    """How to read these results; nothing where what was written is about others."""
+    first, _, text = READING.read_text(encoding="utf-8").partition("\n")
+    return text.strip() + "\n" if first == f"<!-- of {figures_hash(results)} -->" else ""
+
+
 def page(results: dict[str, Any], path: Path) -> str:
-    """All tables; what was made of the committed results, with how to read them."""
-    committed = path.resolve().parent == RESULTS.resolve()
-    return report(results, READING.read_text(encoding="utf-8") if committed and READING.exists() else "")
+    """All tables, and how to read them."""
+    return report(results, reading(results))
 
 
 def main() -> None:
