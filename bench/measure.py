@@ -39,7 +39,7 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
     """Median over the rounds of slow / fast, each pair measured next to each other."""
-    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+    return ratios(seconds, slow, fast)[1]
 
 
 def ratios(seconds: Mapping[str, list[float]], slow: str, fast: str) -> list[float]:

@@ -10,20 +10,26 @@ which was not measured with this engine. Prints a table in Markdown.
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bench.measure import RESULTS
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("drafts", 1e9), ("parameters", 2.6e9), ("tokens", 300), ("row-bytes", 1500), ("tflops", 200), ("gpus", 256),
         ("rows-per-file", 100_000), ("failures-per-gpu-day", 0.02),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=float, default=default)
-    args = parser.parse_args()
-    work = json.loads((RESULTS / "cpu.json").read_text())["shipped"]["realign_batch_16"]["work"]["realign_on"]
-    job = json.loads((RESULTS / "job.json").read_text())["stub"]
+    return parser.parse_args(arguments)
+
+
+def plan(args: argparse.Namespace, results: Mapping[str, Any]) -> str:
+    """The table. ``results``: the content of cpu.json and job.json by their names."""
+    work = results["cpu"]["shipped"]["realign_batch_16"]["work"]["realign_on"]
+    job = results["job"]["stub"]
     forwards = work["forward_tokens"] / work["tokens"]
     flop_per_draft = 2 * args.parameters * args.tokens * forwards
     gpu_hours = args.drafts * flop_per_draft / (args.tflops * 1e12) / 3600
@@ -46,9 +52,13 @@ def main() -> None:
         ("lost to a failure", "the answers under way (one batch) and loading the model; finished rows are read again at "
          f"{job['cpu_microseconds_per_finished_row']:.0f} µs each", "measured per row"),
     ]  # fmt: skip
-    print("| what | figure | how it is known |\n|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    return "\n".join(
+        ["| what | figure | how it is known |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
+    )
+
+
+def main() -> None:
+    print(plan(parse(), {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "job")}))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench.measure import RESULTS
+from bench.plan import parse, plan
 from bench.report import engine_tables, suite_tables, tables
 from bench.report.results import Results, about, listing
 from bench.reproduction import table as reproduction
@@ -43,6 +44,7 @@ TABLES: dict[str, Make] = {
     "serving": of("serve", tables.serving),
     "batching": of("batching", tables.batching),
     "gpu": lambda results: tables.on_gpus(results.folder),
+    "plan": lambda results: plan(parse([]), results),
     "triton": lambda results: engine_tables.triton_kernels(results.folder),
     "files": listing,
 }
@@ -107,4 +109,5 @@ PAGES: dict[Path, Callable[[Path, Results], str]] = {
     RESULTS / "README.md": results_page,
     ROOT / "README.md": with_parts,
     DEFAULT_CHECKPOINT / "README.md": with_parts,
+    ROOT / "examples" / "README.md": with_parts,
 }

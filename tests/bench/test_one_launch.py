@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.gpu.one_launch import BEGIN, REPEAT, SOURCE, Recorder, Repeated, RepeatingGraph, Step, Uncaptured
-from engine.device_loop import DeviceLoop
 from engine.kernels import Field, JacobiState, Phase
 from engine.scheduler import Scheduler
 from engine.step_runner import GraphRunner
-from tests.engine.test_device_loop import KNEE, OPTIONS, TOKENS, VOCABULARY, Ledger, make, outcome, run, start
+from tests.engine.test_device_loop import OPTIONS, TOKENS, make, run, start
+from tests.engine.test_device_loop_graphs import assert_as_on_the_host
 
 AS_CPP = "".join(
     f"#define {word}\n" for word in ("__device__", "__global__", "__device_builtin__", "__cudart_builtin__")
@@ -173,15 +173,7 @@ def test_answers_are_those_of_the_host(
     cases: list[tuple[list[int], list[int], dict[str, Any], bool]],
     limits: tuple[int, int],
 ) -> None:
-    alone = [start(p, d, **o) for p, d, o, _ in cases]
-    for sequence in alone:
-        if not sequence.finish_reason:
-            run(make(False), [sequence])
-    together = [start(p, d, **o) for p, d, o, _ in cases]
-    for sequence, (_, _, _, observed) in zip(together, cases, strict=True):
-        sequence.observed = observed
-    run(in_few_launches(driver if on_device else None, *limits)[0], together)
-    assert [outcome(s) for s in together] == [outcome(s) for s in alone]
+    assert_as_on_the_host(in_few_launches(driver if on_device else None, *limits)[0], cases)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -207,13 +199,12 @@ def test_the_kernels_compile(tmp_path: Path, chip: str) -> None:
 
 
 def in_few_launches(driver: Driver | None, max_batch_tokens: int, max_batch_size: int) -> tuple[Scheduler, Recorder]:
-    model = Ledger()
-    cache = model.new_cache(40)
-    limits = (max_batch_tokens, max_batch_size)
-    loop = DeviceLoop(model, cache, VOCABULARY, KNEE, *limits)
+    scheduler = make(True, max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size)
+    loop = scheduler.loop
+    assert loop is not None
     recorder = of(driver, loop.state)
     loop._runner = GraphRunner(loop._step, recorder)
-    return Scheduler(model, cache, *limits, loop), recorder
+    return scheduler, recorder
 
 
 def of(driver: Driver | None, state: JacobiState) -> Recorder:

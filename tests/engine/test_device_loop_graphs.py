@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.device_loop import DeviceLoop
 from engine.scheduler import Scheduler
 from engine.step_runner import GraphRunner, StepKind, StepRunner
-from tests.engine.test_device_loop import KNEE, OPTIONS, TOKENS, VOCABULARY, Ledger, make, outcome, run, start
+from tests.engine.test_device_loop import OPTIONS, TOKENS, make, outcome, run, start
 
 POISON = -(2**30)
 
@@ -77,15 +77,7 @@ class Graph:
 def test_answers_are_those_of_the_host(
     cases: list[tuple[list[int], list[int], dict[str, Any], bool]], limits: tuple[int, int]
 ) -> None:
-    alone = [start(p, d, **o) for p, d, o, _ in cases]
-    for sequence in alone:
-        if not sequence.finish_reason:
-            run(make(False), [sequence])
-    together = [start(p, d, **o) for p, d, o, _ in cases]
-    for sequence, (_, _, _, observed) in zip(together, cases, strict=True):
-        sequence.observed = observed
-    run(with_graphs(Graphs(), *limits), together)
-    assert [outcome(s) for s in together] == [outcome(s) for s in alone]
+    assert_as_on_the_host(with_graphs(Graphs(), *limits), cases)
 
 
 def test_most_steps_are_replayed() -> None:
@@ -106,8 +98,21 @@ def test_most_steps_are_replayed() -> None:
 
 
 def with_graphs(graphs: Graphs, max_batch_tokens: int, max_batch_size: int) -> Scheduler:
-    model = Ledger()
-    cache = model.new_cache(40)
-    limits = (max_batch_tokens, max_batch_size)
-    graphs.loop = DeviceLoop(model, cache, VOCABULARY, KNEE, *limits, graphs.runner)
-    return Scheduler(model, cache, *limits, graphs.loop)
+    scheduler = make(True, max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size)
+    assert scheduler.loop is not None
+    graphs.loop = scheduler.loop
+    graphs.loop._runner = graphs.runner(graphs.loop._step)
+    return scheduler
+
+
+def assert_as_on_the_host(scheduler: Scheduler, cases: list[tuple[list[int], list[int], dict[str, Any], bool]]) -> None:
+    """``cases``: prompt, draft, options, and whether it is observed. All together they get what each gets alone there."""
+    alone = [start(p, d, **o) for p, d, o, _ in cases]
+    for sequence in alone:
+        if not sequence.finish_reason:
+            run(make(False), [sequence])
+    together = [start(p, d, **o) for p, d, o, _ in cases]
+    for sequence, (_, _, _, observed) in zip(together, cases, strict=True):
+        sequence.observed = observed
+    run(scheduler, together)
+    assert [outcome(s) for s in together] == [outcome(s) for s in alone]
