@@ -6,23 +6,8 @@ constexpr int kRows = MAX_ROWS;      // rows of one register tile
 constexpr int64_t kBlockK = 384;     // 48 KB of a panel, 18 KB of a tile of x: between the L1 and the L2 cache
 constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one: 264 or 132
 
-// c[r, 0:NV*W] (+)= sum_k a[r * row_stride + k * k_stride] * b[k * ldb + 0:NV*W]
-template <int MR, int NV, class T>
-static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const T* b, int64_t ldb,
-                        float* c, int64_t ldc, bool accumulate) {
-  Vec acc[MR][NV] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < k_len; ++k) {
-    Vec bv[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load_weight(b + k * ldb + v * W);
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const Vec av = splat(a[r * row_stride + k * k_stride]);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
-    }
-  }
+template <int MR, int NV>
+static inline void put_tile(Vec (&acc)[MR][NV], float* c, int64_t ldc, bool accumulate) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -32,11 +17,52 @@ static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64
     }
 }
 
+// c[r, 0:NV*W] (+)= sum_k a[r * row_stride + k * k_stride] * b[k * ldb + 0:NV*W]
+template <int MR, int NV>
+static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const float* b, int64_t ldb,
+                        float* c, int64_t ldc, bool accumulate) {
+  Vec acc[MR][NV] = {};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < k_len; ++k) {
+    Vec bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + k * ldb + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const Vec av = splat(a[r * row_stride + k * k_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
+    }
+  }
+  put_tile<MR, NV>(acc, c, ldc, accumulate);
+}
+
+// The same of pairs of bfloat16 weights, b[k / 2][ldb][2]: a vector of pairs is a shift and a mask away from two of floats.
+template <int MR, int NV>
+static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const uint16_t* b, int64_t ldb,
+                        float* c, int64_t ldc, bool accumulate) {
+  Vec acc[MR][NV] = {};
+  for (int64_t k = 0; k < k_len; k += 2)
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2 && k + half < k_len; ++half) {
+      Vec bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) bv[v] = half ? second_of_pairs(b + k * ldb + 2 * v * W) : first_of_pairs(b + k * ldb + 2 * v * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const Vec av = splat(a[r * row_stride + (k + half) * k_stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
+      }
+    }
+  put_tile<MR, NV>(acc, c, ldc, accumulate);
+}
+
 template <int NV, class T>
 static inline void tile_rows(int rows, int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const T* b,
                              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
 #define DIFFPO_CASE(R) \
-  case R: if constexpr (R <= kRows) tile<R, NV, T>(k_len, a, row_stride, k_stride, b, ldb, c, ldc, accumulate); break;
+  case R: if constexpr (R <= kRows) tile<R, NV>(k_len, a, row_stride, k_stride, b, ldb, c, ldc, accumulate); break;
   switch (rows) {
     DIFFPO_CASE(1) DIFFPO_CASE(2) DIFFPO_CASE(3) DIFFPO_CASE(4) DIFFPO_CASE(5) DIFFPO_CASE(6)
     DIFFPO_CASE(7) DIFFPO_CASE(8) DIFFPO_CASE(9) DIFFPO_CASE(10) DIFFPO_CASE(11) DIFFPO_CASE(12)
@@ -71,6 +97,10 @@ static void group_rows(const float* x, int64_t m, int64_t k, float* out, int64_t
   }
 }
 
+// Numbers of a packed panel: pairs of k, the last one filled up with zeros, where weights have 16 bits.
+template <class T>
+static inline int64_t panel_size(int64_t k) { return (sizeof(T) == 2 ? k + k % 2 : k) * kPanel; }
+
 // c[0:m, 0:32] = rows [row0, row0 + m) times one panel
 template <class T>
 static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel, float* c, int64_t ldc) {
@@ -83,8 +113,8 @@ static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel
       // weights lie in the order they are read: each tile fetches its share of the next block, which else would start cold
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + r / kRows * share + i, 0, 2);
       for (int64_t col = 0; col < kPanel; col += kCols)
-        tile_rows<2, T>((int)std::min<int64_t>(kRows, m - r), len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
-                        panel + k0 * kPanel + col, kPanel, c + r * ldc + col, ldc, k0 > 0);
+        tile_rows<2>((int)std::min<int64_t>(kRows, m - r), len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
+                     panel + k0 * kPanel + (sizeof(T) == 2 ? 2 : 1) * col, kPanel, c + r * ldc + col, ldc, k0 > 0);
     }
   }
 }
@@ -114,7 +144,7 @@ static void for_each_block(const LinearArgs& a, const Use& use) {
     const int64_t first = blocks * panels * rank / team, last = blocks * panels * (rank + 1) / team;
     for (int64_t i = first; i < last; ++i) {
       const int64_t row0 = i / panels * kBlockM, p = i % panels, rows = std::min(kBlockM, a.m - row0);
-      panel_product(x, row0, rows, static_cast<const T*>(a.weight) + p * a.k * kPanel, values, kPanel);
+      panel_product(x, row0, rows, static_cast<const T*>(a.weight) + p * panel_size<T>(a.k), values, kPanel);
       use(row0, rows, p, values, rank);
     }
   }

@@ -6,7 +6,8 @@
 namespace diffpo {
 
 // Weights are packed as [ceil(N / 32)][K][32]: one panel holds 32 output columns, k-major, so that a product streams it
-// once from front to back whatever the number of rows.
+// once from front to back whatever the number of rows. bfloat16 weights are packed in pairs of k, [ceil(N / 32)][ceil(K / 2)][32][2]:
+// a pair is split into floats by a shift and a mask, less work than widening single weights.
 constexpr int64_t kPanel = 32;
 // Positions in one page of the KV cache; equal to the panel width, because a page of K is a panel: [head_dim][32].
 constexpr int64_t kPage = 32;
@@ -15,7 +16,7 @@ enum class WeightType : int { kFloat32 = 0, kBFloat16 = 1 };
 
 struct LinearArgs {
   const float* x;      // [m, k]
-  const void* weight;  // packed [ceil(n / 32)][k][32]
+  const void* weight;  // packed, see kPanel
   const float* bias;   // [n] or null
   float* y;            // [m, n]; unused by linear_argmax
   int64_t m, n, k;

@@ -3,6 +3,16 @@
 namespace diffpo {
 
 namespace {
+// Where the number of row r (of a panel's 32) and column i lies in a packed panel, and how long the panel is.
+template <class T>
+inline int64_t place(int64_t r, int64_t i) {
+  return sizeof(T) == 2 ? (i / 2 * kPanel + r) * 2 + i % 2 : i * kPanel + r;
+}
+template <class T>
+inline int64_t panel_size(int64_t k) {
+  return (sizeof(T) == 2 ? k + k % 2 : k) * kPanel;
+}
+
 template <class T>
 void pack(const T* source, T* packed, int64_t rows, int64_t k, int64_t row_offset, int threads) {
   (void)threads;
@@ -13,8 +23,8 @@ void pack(const T* source, T* packed, int64_t rows, int64_t k, int64_t row_offse
       const int64_t row = p * kPanel + c - row_offset;
       if (row < 0 || row >= rows) continue;
       const T* s = source + row * k;
-      T* out = packed + p * k * kPanel + c;
-      for (int64_t i = 0; i < k; ++i) out[i * kPanel] = s[i];
+      T* out = packed + p * panel_size<T>(k);
+      for (int64_t i = 0; i < k; ++i) out[place<T>(c, i)] = s[i];
     }
 }
 
@@ -29,8 +39,8 @@ inline float widen(uint16_t v) {
 template <class T>
 void gather(const int64_t* ids, const T* packed, float* out, int64_t count, int64_t k, float scale) {
   for (int64_t r = 0; r < count; ++r) {
-    const T* s = packed + ids[r] / kPanel * k * kPanel + ids[r] % kPanel;
-    for (int64_t i = 0; i < k; ++i) out[r * k + i] = widen(s[i * kPanel]) * scale;
+    const T* s = packed + ids[r] / kPanel * panel_size<T>(k);
+    for (int64_t i = 0; i < k; ++i) out[r * k + i] = widen(s[place<T>(ids[r] % kPanel, i)]) * scale;
   }
 }
 }  // namespace

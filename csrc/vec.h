@@ -3,8 +3,7 @@
 
 typedef float Vec __attribute__((vector_size(VEC_WIDTH * 4), aligned(4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(VEC_WIDTH * 4), aligned(4), may_alias));
-typedef uint16_t HalfVec __attribute__((vector_size(VEC_WIDTH * 2), aligned(2), may_alias));
-typedef uint32_t UVec __attribute__((vector_size(VEC_WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(VEC_WIDTH * 4), aligned(2), may_alias));
 constexpr int W = VEC_WIDTH;
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
@@ -12,10 +11,9 @@ static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 static inline Vec splat(float v) { return v - Vec{}; }
 static inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
 
-static inline Vec load_weight(const float* p) { return load(p); }
-static inline Vec load_weight(const uint16_t* p) {
-  return (Vec)(__builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), UVec) << 16);
-}
+// Of W pairs of bfloat16 the first ones, and the second ones.
+static inline Vec first_of_pairs(const uint16_t* p) { return (Vec)(*reinterpret_cast<const UVec*>(p) << 16); }
+static inline Vec second_of_pairs(const uint16_t* p) { return (Vec)(*reinterpret_cast<const UVec*>(p) & 0xffff0000u); }
 
 // Sums and maxima go over the lanes in one fixed order: a row's result never depends on its neighbours.
 static inline float lane_sum(Vec v) {

@@ -17,8 +17,8 @@ _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 class LinearWeight:
     """A projection matrix of ``rows`` outputs by ``columns`` inputs.
 
-    ``packed``: ``data`` is [ceil(rows / 32), columns, 32] (float32 or bfloat16, CPU), what the C++ kernel streams;
-    otherwise ``data`` is the plain [rows, columns]. Both hold the matrix once.
+    ``packed``: ``data`` is what the C++ kernel streams on a CPU, [ceil(rows / 32), columns, 32] in float32, in bfloat16
+    [ceil(rows / 32), ceil(columns / 2), 32, 2]; otherwise it is the plain [rows, columns]. Both hold the matrix once.
     """
 
     data: Tensor
@@ -31,7 +31,8 @@ class LinearWeight:
         """Storage for a matrix that ``write`` fills piece by piece; packed where the C++ kernel will read it."""
         packed = device.type == "cpu" and dtype in _WEIGHT_TYPES and native() is not None
         if packed:
-            data = torch.zeros(-(-rows // PANEL), columns, PANEL, dtype=dtype, device=device)
+            panel = (columns, PANEL) if dtype is torch.float32 else (-(-columns // 2), PANEL, 2)
+            data = torch.zeros(-(-rows // PANEL), *panel, dtype=dtype, device=device)
         else:
             data = torch.empty(rows, columns, dtype=dtype, device=device)
         return cls(data, rows, columns, packed)
@@ -69,7 +70,8 @@ class LinearWeight:
         """The plain [rows, columns] matrix (a copy when packed); for references and tests."""
         if not self.packed:
             return self.data
-        return self.data.transpose(1, 2).reshape(-1, self.columns)[: self.rows]
+        rows = self.data.transpose(1, 2).flatten(2)  # from [columns, 32], or pairs of columns [.., 32, 2], of a panel
+        return rows.reshape(-1, rows.shape[-1])[: self.rows, : self.columns]
 
 
 def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
