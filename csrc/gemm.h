@@ -47,7 +47,10 @@ static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64
     for (int64_t half = 0; half < 2 && k + half < k_len; ++half) {
       Vec bv[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) bv[v] = half ? second_of_pairs(b + k * ldb + 2 * v * W) : first_of_pairs(b + k * ldb + 2 * v * W);
+      for (int v = 0; v < NV; ++v) {
+        const uint16_t* pairs = b + k * ldb + 2 * v * W;
+        bv[v] = half ? second_of_pairs(pairs) : first_of_pairs(pairs);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const Vec av = splat(a[r * row_stride + (k + half) * k_stride]);
@@ -97,10 +100,6 @@ static void group_rows(const float* x, int64_t m, int64_t k, float* out, int64_t
   }
 }
 
-// Numbers of a packed panel: pairs of k, the last one filled up with zeros, where weights have 16 bits.
-template <class T>
-static inline int64_t panel_size(int64_t k) { return (sizeof(T) == 2 ? k + k % 2 : k) * kPanel; }
-
 // c[0:m, 0:32] = rows [row0, row0 + m) times one panel
 template <class T>
 static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel, float* c, int64_t ldc) {
@@ -114,7 +113,7 @@ static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + r / kRows * share + i, 0, 2);
       for (int64_t col = 0; col < kPanel; col += kCols)
         tile_rows<2>((int)std::min<int64_t>(kRows, m - r), len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
-                     panel + k0 * kPanel + (sizeof(T) == 2 ? 2 : 1) * col, kPanel, c + r * ldc + col, ldc, k0 > 0);
+                     panel + k0 * kPanel + kSideBySide<T> * col, kPanel, c + r * ldc + col, ldc, k0 > 0);
     }
   }
 }

@@ -6,9 +6,16 @@
 namespace diffpo {
 
 // Weights are packed as [ceil(N / 32)][K][32]: one panel holds 32 output columns, k-major, so that a product streams it
-// once from front to back whatever the number of rows. bfloat16 weights are packed in pairs of k, [ceil(N / 32)][ceil(K / 2)][32][2]:
-// a pair is split into floats by a shift and a mask, less work than widening single weights.
+// once from front to back whatever the number of rows. bfloat16 weights are packed in pairs of k,
+// [ceil(N / 32)][ceil(K / 2)][32][2]: a pair is split into floats by a shift and a mask, less work than widening single weights.
 constexpr int64_t kPanel = 32;
+// Of type T: how many k lie side by side, and how long a panel is; an incomplete pair is filled up with a zero.
+template <class T>
+constexpr int64_t kSideBySide = sizeof(T) == 2 ? 2 : 1;
+template <class T>
+constexpr int64_t panel_size(int64_t k) {
+  return (k + kSideBySide<T> - 1) / kSideBySide<T> * kSideBySide<T> * kPanel;
+}
 // Positions in one page of the KV cache; equal to the panel width, because a page of K is a panel: [head_dim][32].
 constexpr int64_t kPage = 32;
 

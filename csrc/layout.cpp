@@ -3,14 +3,10 @@
 namespace diffpo {
 
 namespace {
-// Where the number of row r (of a panel's 32) and column i lies in a packed panel, and how long the panel is.
+// Where the weight of row r (of a panel's 32) and column i lies in the panel.
 template <class T>
 inline int64_t place(int64_t r, int64_t i) {
-  return sizeof(T) == 2 ? (i / 2 * kPanel + r) * 2 + i % 2 : i * kPanel + r;
-}
-template <class T>
-inline int64_t panel_size(int64_t k) {
-  return (sizeof(T) == 2 ? k + k % 2 : k) * kPanel;
+  return (i / kSideBySide<T> * kPanel + r) * kSideBySide<T> + i % kSideBySide<T>;
 }
 
 template <class T>
