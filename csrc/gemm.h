@@ -1,88 +1,111 @@
 // y = x W^T over packed weights. Every output is one chain of multiply-adds over k (fused where the processor can), cut into blocks of kBlockK that
 // are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch it is in.
 
-constexpr int kCols = 2 * W;         // columns of one register tile
 constexpr int kRows = MAX_ROWS;      // rows of one register tile
 constexpr int64_t kBlockK = 384;     // 48 KB of a panel, 18 KB of a tile of x: between the L1 and the L2 cache
 constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one: 264 or 132
 
+template <class T>
+using RowElement = float;
+
+// Where a tile's columns lie: 32 side by side in rows of `row`, the next 32 a `panel` further; pairs count as one. Bits do not
+// depend on a tile's width. A wide one keeps the processor busy where rows are few, for each accumulator waits for itself.
+struct Columns {
+  int64_t row, panel;
+  int64_t at(int64_t column) const { return column / kPanel * panel + column % kPanel; }
+};
+
 template <int MR, int NV>
-static inline void put_tile(Vec (&acc)[MR][NV], float* c, int64_t ldc, bool accumulate) {
+static inline void put_tile(Vec (&acc)[MR][NV], float* c, Columns place, bool accumulate) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-      float* p = c + r * ldc + v * W;
+      float* p = c + r * place.row + place.at(v * W);
       store(p, accumulate ? load(p) + acc[r][v] : acc[r][v]);
     }
 }
 
-// c[r, 0:NV*W] (+)= sum_k a[r * row_stride + k * k_stride] * b[k * ldb + 0:NV*W]
+// c[r, 0:NV*W] (+)= sum_k a[r * row_stride + k * k_stride] * b[k, 0:NV*W]
 template <int MR, int NV>
-static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const float* b, int64_t ldb,
-                        float* c, int64_t ldc, bool accumulate) {
+static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const float* b, Columns from,
+                        float* c, Columns to, bool accumulate) {
   Vec acc[MR][NV] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < k_len; ++k) {
     Vec bv[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load(b + k * ldb + v * W);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + k * from.row + from.at(v * W));
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const Vec av = splat(a[r * row_stride + k * k_stride]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
     }
   }
-  put_tile<MR, NV>(acc, c, ldc, accumulate);
+  put_tile<MR, NV>(acc, c, to, accumulate);
 }
 
-// The same of pairs of bfloat16 weights, b[k / 2][ldb][2]: a vector of pairs is a shift and a mask away from two of floats.
+// The same of pairs of bfloat16 weights, b[k / 2][from.row][2]: a vector of pairs is a shift and a mask away from two of floats.
 template <int MR, int NV>
-static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const uint16_t* b, int64_t ldb,
-                        float* c, int64_t ldc, bool accumulate) {
+static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const uint16_t* b, Columns from,
+                        float* c, Columns to, bool accumulate) {
   Vec acc[MR][NV] = {};
   for (int64_t k = 0; k < k_len; k += 2)
 #pragma GCC unroll 2
     for (int64_t half = 0; half < 2 && k + half < k_len; ++half) {
       Vec bv[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const uint16_t* pairs = b + k * ldb + 2 * v * W;
+        const uint16_t* pairs = b + k * from.row + 2 * from.at(v * W);
         bv[v] = half ? second_of_pairs(pairs) : first_of_pairs(pairs);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const Vec av = splat(a[r * row_stride + (k + half) * k_stride]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
       }
     }
-  put_tile<MR, NV>(acc, c, ldc, accumulate);
+  put_tile<MR, NV>(acc, c, to, accumulate);
 }
 
-template <int NV, class T>
-static inline void tile_rows(int rows, int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const T* b,
-                             int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+// Tiles over `columns` of them, as wide as the registers hold; columns that are no multiple of W are left out.
+template <int MR, class A, class T>
+static inline void tiles(int64_t columns, int64_t k_len, const A* a, int64_t row_stride, int64_t k_stride, const T* b, Columns from,
+                         float* c, Columns to, bool accumulate) {
+  int64_t col = 0;
+#define DIFFPO_WIDTH(NV)                                                                                              \
+  if constexpr (NV <= 2 || (MR + 1) * NV < REGISTERS)                                                                 \
+    for (; col + NV * W <= columns; col += NV * W)                                                                    \
+      tile<MR, NV>(k_len, a, row_stride, k_stride, b + kSideBySide<T> * from.at(col), from, c + to.at(col), to, accumulate);
+  DIFFPO_WIDTH(8) DIFFPO_WIDTH(4) DIFFPO_WIDTH(2) DIFFPO_WIDTH(1)
+#undef DIFFPO_WIDTH
+}
+
+template <class A, class T>
+static inline void tile_rows(int rows, int64_t columns, int64_t k_len, const A* a, int64_t row_stride, int64_t k_stride, const T* b,
+                             Columns from, float* c, Columns to, bool accumulate) {
 #define DIFFPO_CASE(R) \
-  case R: if constexpr (R <= kRows) tile<R, NV>(k_len, a, row_stride, k_stride, b, ldb, c, ldc, accumulate); break;
+  case R: if constexpr (R <= kRows) tiles<R>(columns, k_len, a, row_stride, k_stride, b, from, c, to, accumulate); break;
   switch (rows) {
-    DIFFPO_CASE(1) DIFFPO_CASE(2) DIFFPO_CASE(3) DIFFPO_CASE(4) DIFFPO_CASE(5) DIFFPO_CASE(6)
-    DIFFPO_CASE(7) DIFFPO_CASE(8) DIFFPO_CASE(9) DIFFPO_CASE(10) DIFFPO_CASE(11) DIFFPO_CASE(12)
+    DIFFPO_CASE(1) DIFFPO_CASE(2) DIFFPO_CASE(3) DIFFPO_CASE(4) DIFFPO_CASE(5) DIFFPO_CASE(6) DIFFPO_CASE(7)
+    DIFFPO_CASE(8) DIFFPO_CASE(9) DIFFPO_CASE(10) DIFFPO_CASE(11) DIFFPO_CASE(12) DIFFPO_CASE(13) DIFFPO_CASE(14)
   }
 #undef DIFFPO_CASE
 }
 
-// Rows of x, seen by the tiles: in place for up to one tile of rows, else regrouped as [tile][k][kRows], because rows
-// whose stride is a multiple of 4 KB would fall into the same cache sets.
+// Rows of x as the tiles read them: elements (floats, or pairs of them in bfloat16) of a row, `steps` of `width` k each.
+template <class A>
 struct Rows {
-  const float* data;
-  int64_t m, k;
-  bool grouped;
-  const float* at(int64_t row, int64_t k0) const {
-    return grouped ? data + (row / kRows) * kRows * k + k0 * kRows : data + row * k + k0;
+  static constexpr int64_t width = std::is_same<A, float>::value ? 1 : 2;
+  const A* data;
+  int64_t k, steps;
+  bool grouped;  // as [tile][step][kRows]
+  const A* at(int64_t row, int64_t k0) const {
+    return grouped ? data + (row / kRows) * kRows * steps + k0 / width * kRows : data + row * steps + k0 / width;
   }
-  int64_t row_stride() const { return grouped ? 1 : k; }
+  int64_t row_stride() const { return grouped ? 1 : steps; }
   int64_t k_stride() const { return grouped ? kRows : 1; }
 };
 
@@ -100,20 +123,20 @@ static void group_rows(const float* x, int64_t m, int64_t k, float* out, int64_t
   }
 }
 
-// c[0:m, 0:32] = rows [row0, row0 + m) times one panel
-template <class T>
-static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel, float* c, int64_t ldc) {
+// c[panel][0:m, 0:32] = rows [row0, row0 + m) times panels that follow each other
+template <class A, class T>
+static void panel_product(const Rows<A>& x, int64_t row0, int64_t m, const T* weight, int64_t panels, float* c) {
   const int64_t tiles = (m + kRows - 1) / kRows;
+  const Columns from{kPanel, panel_size<T>(x.k) / kSideBySide<T>}, to{kPanel, m * kPanel};
   for (int64_t k0 = 0; k0 < x.k; k0 += kBlockK) {
     const int64_t len = std::min(kBlockK, x.k - k0);
-    const char* next = reinterpret_cast<const char*>(panel + (k0 + len) * kPanel);
-    const int64_t share = tiles > 1 ? len * kPanel * (int64_t)sizeof(T) / tiles : 0;
+    const char* next = reinterpret_cast<const char*>(weight + (k0 + len) * kPanel);
+    const int64_t share = tiles > 1 && panels == 1 ? len * kPanel * (int64_t)sizeof(T) / tiles : 0;
     for (int64_t r = 0; r < m; r += kRows) {
       // weights lie in the order they are read: each tile fetches its share of the next block, which else would start cold
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + r / kRows * share + i, 0, 2);
-      for (int64_t col = 0; col < kPanel; col += kCols)
-        tile_rows<2>((int)std::min<int64_t>(kRows, m - r), len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
-                     panel + k0 * kPanel + kSideBySide<T> * col, kPanel, c + r * ldc + col, ldc, k0 > 0);
+      tile_rows((int)std::min<int64_t>(kRows, m - r), panels * kPanel, len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
+                weight + k0 * kPanel, from, c + r * kPanel, to, k0 > 0);
     }
   }
 }
@@ -121,17 +144,25 @@ static void panel_product(const Rows& x, int64_t row0, int64_t m, const T* panel
 // Calls use(row0, rows, panel index, values [rows][32]) for every block of the product, from all threads; the epilogue.
 template <class T, class Use>
 static void for_each_block(const LinearArgs& a, const Use& use) {
+  using A = RowElement<T>;
   const int64_t panels = (a.n + kPanel - 1) / kPanel, tiles = (a.m + kRows - 1) / kRows;
-  const bool grouped = a.m > kRows;
-  std::unique_ptr<float, decltype(&std::free)> buffer(nullptr, &std::free);
+  const int64_t steps = (a.k + Rows<A>::width - 1) / Rows<A>::width;
+  // Up to one tile of floats is read in place; else regrouped, because rows whose stride is a multiple of 4 KB would fall
+  // into the same cache sets.
+  const bool grouped = a.m > kRows || !std::is_same<A, float>::value;
+  std::unique_ptr<A, decltype(&std::free)> buffer(nullptr, &std::free);
   if (grouped) {
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, ((tiles * kRows * a.k * 4 + 63) / 64) * 64)));
+    buffer.reset(static_cast<A*>(std::aligned_alloc(64, ((tiles * kRows * steps * 4 + 63) / 64) * 64)));
     if (!buffer) throw std::bad_alloc();
   }
-  const Rows x{grouped ? buffer.get() : a.x, a.m, a.k, grouped};
+  const A* elements = buffer.get();
+  if constexpr (std::is_same<A, float>::value)
+    if (!grouped) elements = a.x;
+  const Rows<A> x{elements, a.k, steps, grouped};
   const int64_t blocks = (a.m + kBlockM - 1) / kBlockM;
   const int threads = a.m * a.n * a.k < 65536 ? 1 : (int)std::min<int64_t>(a.threads, blocks * panels);
   (void)threads;
+  const int64_t together = a.m <= 2 * kRows ? 4 : 1;  // panels: for tiles of few rows to be wide
 #pragma omp parallel num_threads(threads)
   {
     const int64_t team = DIFFPO_TEAM, rank = DIFFPO_RANK;
@@ -141,10 +172,11 @@ static void for_each_block(const LinearArgs& a, const Use& use) {
     }
     alignas(64) float values[kBlockM * kPanel];
     const int64_t first = blocks * panels * rank / team, last = blocks * panels * (rank + 1) / team;
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = first, count; i < last; i += count) {
       const int64_t row0 = i / panels * kBlockM, p = i % panels, rows = std::min(kBlockM, a.m - row0);
-      panel_product(x, row0, rows, static_cast<const T*>(a.weight) + p * panel_size<T>(a.k), values, kPanel);
-      use(row0, rows, p, values, rank);
+      count = std::min({together, last - i, panels - p});
+      panel_product(x, row0, rows, static_cast<const T*>(a.weight) + p * panel_size<T>(a.k), count, values);
+      for (int64_t j = 0; j < count; ++j) use(row0, rows, p + j, values + j * rows * kPanel, rank);
     }
   }
 }

@@ -6,6 +6,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define VEC_WIDTH 8
+#define REGISTERS 16
 #define MAX_ROWS 6  // 12 accumulators, 2 columns of weights, 1 broadcast: 15 of 16 registers
 #define DIFFPO_NAME "avx2"
 #define DIFFPO_ENTRY kernels_avx2

@@ -11,7 +11,8 @@ from engine.kernels.native import Impl
 from tests.kernels import references
 from tests.kernels.references import assert_within, randn, tolerance
 
-ROWS = (0, 1, 2, 11, 12, 13, 95, 96, 97, 200)  # around one register tile and one block of rows
+# around tiles of any width and one block of rows
+ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 15, 24, 25, 28, 29, 95, 96, 97, 200)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
