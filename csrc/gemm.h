@@ -5,8 +5,14 @@ constexpr int kRows = MAX_ROWS;      // rows of one register tile
 constexpr int64_t kBlockK = 384;     // 48 KB of a panel, 18 KB of a tile of x: between the L1 and the L2 cache
 constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one: 264 or 132
 
+using Pair = uint32_t;  // two bfloat16, the first in the lower half
+#if defined(DIFFPO_PAIR_PRODUCTS)
+template <class T>
+using RowElement = typename std::conditional<sizeof(T) == 2, Pair, float>::type;
+#else
 template <class T>
 using RowElement = float;
+#endif
 
 // Where a tile's columns lie: 32 side by side in rows of `row`, the next 32 a `panel` further; pairs count as one. Bits do not
 // depend on a tile's width. A wide one keeps the processor busy where rows are few, for each accumulator waits for itself.
@@ -70,6 +76,27 @@ static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64
   put_tile<MR, NV>(acc, c, to, accumulate);
 }
 
+#if defined(DIFFPO_PAIR_PRODUCTS)
+// Where the processor multiplies pairs of bfloat16, x is rounded to them: a[r * row_stride + k / 2 * k_stride] is one pair, and
+// each instruction adds its two products to a float. In assembly because compilers move the accumulators out of the registers.
+template <int MR, int NV>
+static inline void tile(int64_t k_len, const Pair* a, int64_t row_stride, int64_t k_stride, const uint16_t* b, Columns from,
+                        float* c, Columns to, bool accumulate) {
+  Vec acc[MR][NV] = {};
+  for (int64_t k = 0; k < (k_len + 1) / 2; ++k) {
+    Vec bv[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) bv[v] = load_pairs(b + 2 * (k * from.row + from.at(v * W)));
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v)
+        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc[r][v]) : "v"(bv[v]), "m"(a[r * row_stride + k * k_stride]));
+  }
+  put_tile<MR, NV>(acc, c, to, accumulate);
+}
+#endif
+
 // Tiles over `columns` of them, as wide as the registers hold; columns that are no multiple of W are left out.
 template <int MR, class A, class T>
 static inline void tiles(int64_t columns, int64_t k_len, const A* a, int64_t row_stride, int64_t k_stride, const T* b, Columns from,
@@ -95,33 +122,54 @@ static inline void tile_rows(int rows, int64_t columns, int64_t k_len, const A* 
 #undef DIFFPO_CASE
 }
 
-// Rows of x as the tiles read them: elements (floats, or pairs of them in bfloat16) of a row, `steps` of `width` k each.
+// Rows of x as the tiles read them: elements are floats, or pairs of them in bfloat16, `width` k.
 template <class A>
 struct Rows {
   static constexpr int64_t width = std::is_same<A, float>::value ? 1 : 2;
   const A* data;
-  int64_t k, steps;
-  bool grouped;  // as [tile][step][kRows]
-  const A* at(int64_t row, int64_t k0) const {
-    return grouped ? data + (row / kRows) * kRows * steps + k0 / width * kRows : data + row * steps + k0 / width;
-  }
-  int64_t row_stride() const { return grouped ? 1 : steps; }
-  int64_t k_stride() const { return grouped ? kRows : 1; }
+  int64_t k, row_stride, k_stride;
+  int64_t tile;  // from one to the next
+  const A* at(int64_t row, int64_t k0) const { return data + row / kRows * tile + k0 / width * k_stride; }
 };
 
-static void group_rows(const float* x, int64_t m, int64_t k, float* out, int64_t first_tile, int64_t last_tile) {
+// Tiles first_tile .. last_tile of x, whose elements lie row_stride and k_stride apart.
+static void group_rows(const LinearArgs& a, float* out, int64_t first_tile, int64_t last_tile) {
   for (int64_t t = first_tile; t < last_tile; ++t) {
-    const int64_t rows = std::min<int64_t>(kRows, m - t * kRows);
-    float* o = out + t * kRows * k;
-    const float* in = x + t * kRows * k;
+    const int64_t rows = std::min<int64_t>(kRows, a.m - t * kRows);
+    float* o = out + t * kRows * a.k;
+    const float* in = a.x + t * kRows * a.x_row;
     if (rows == kRows)
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t r = 0; r < kRows; ++r) o[i * kRows + r] = in[r * k + i];
+      for (int64_t i = 0; i < a.k; ++i)
+        for (int64_t r = 0; r < kRows; ++r) o[i * kRows + r] = in[r * a.x_row + i * a.x_k];
     else
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t r = 0; r < rows; ++r) o[i * kRows + r] = in[r * k + i];
+      for (int64_t i = 0; i < a.k; ++i)
+        for (int64_t r = 0; r < rows; ++r) o[i * kRows + r] = in[r * a.x_row + i * a.x_k];
   }
 }
+
+#if defined(DIFFPO_PAIR_PRODUCTS)
+// Rounded to pairs; the second of an incomplete one is zero.
+static void group_rows(const LinearArgs& a, Pair* out, int64_t first_tile, int64_t last_tile) {
+  const int64_t steps = (a.k + 1) / 2;
+  for (int64_t t = first_tile; t < last_tile; ++t) {
+    const int64_t rows = std::min<int64_t>(kRows, a.m - t * kRows);
+    Pair* o = out + t * kRows * steps;
+    const float* in = a.x + t * kRows * a.x_row;
+    if (a.x_row == 1)  // x is the transpose of what lies in memory
+      for (int64_t i = 0; i < steps; ++i) {
+        const float *first = in + 2 * i * a.x_k, *second = first + a.x_k;
+        const bool complete = 2 * i + 1 < a.k;
+        for (int64_t r = 0; r < rows; ++r) o[i * kRows + r] = to_pair(first[r], complete ? second[r] : 0.f);
+      }
+    else
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = in + r * a.x_row;
+        for (int64_t i = 0; i < a.k / 2; ++i) o[i * kRows + r] = to_pair(row[2 * i * a.x_k], row[(2 * i + 1) * a.x_k]);
+        if (a.k % 2) o[a.k / 2 * kRows + r] = to_pair(row[(a.k - 1) * a.x_k], 0.f);
+      }
+  }
+}
+#endif
 
 // c[panel][0:m, 0:32] = rows [row0, row0 + m) times panels that follow each other
 template <class A, class T>
@@ -135,7 +183,7 @@ static void panel_product(const Rows<A>& x, int64_t row0, int64_t m, const T* we
     for (int64_t r = 0; r < m; r += kRows) {
       // weights lie in the order they are read: each tile fetches its share of the next block, which else would start cold
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + r / kRows * share + i, 0, 2);
-      tile_rows((int)std::min<int64_t>(kRows, m - r), panels * kPanel, len, x.at(row0 + r, k0), x.row_stride(), x.k_stride(),
+      tile_rows((int)std::min<int64_t>(kRows, m - r), panels * kPanel, len, x.at(row0 + r, k0), x.row_stride, x.k_stride,
                 weight + k0 * kPanel, from, c + r * kPanel, to, k0 > 0);
     }
   }
@@ -155,10 +203,9 @@ static void for_each_block(const LinearArgs& a, const Use& use) {
     buffer.reset(static_cast<A*>(std::aligned_alloc(64, ((tiles * kRows * steps * 4 + 63) / 64) * 64)));
     if (!buffer) throw std::bad_alloc();
   }
-  const A* elements = buffer.get();
+  Rows<A> x{buffer.get(), a.k, 1, kRows, kRows * steps};  // [tile][step][kRows]
   if constexpr (std::is_same<A, float>::value)
-    if (!grouped) elements = a.x;
-  const Rows<A> x{elements, a.k, steps, grouped};
+    if (!grouped) x = Rows<A>{a.x, a.k, a.x_row, a.x_k, 0};
   const int64_t blocks = (a.m + kBlockM - 1) / kBlockM;
   const int threads = a.m * a.n * a.k < 65536 ? 1 : (int)std::min<int64_t>(a.threads, blocks * panels);
   (void)threads;
@@ -167,7 +214,7 @@ static void for_each_block(const LinearArgs& a, const Use& use) {
   {
     const int64_t team = DIFFPO_TEAM, rank = DIFFPO_RANK;
     if (grouped) {
-      group_rows(a.x, a.m, a.k, buffer.get(), tiles * rank / team, tiles * (rank + 1) / team);
+      group_rows(a, buffer.get(), tiles * rank / team, tiles * (rank + 1) / team);
 #pragma omp barrier
     }
     alignas(64) float values[kBlockM * kPanel];
@@ -186,9 +233,11 @@ static void linear_typed(const LinearArgs& a) {
   for_each_block<T>(a, [&](int64_t row0, int64_t rows, int64_t p, const float* values, int64_t) {
     const int64_t col0 = p * kPanel, cols = std::min(kPanel, a.n - col0);
     for (int64_t r = 0; r < rows; ++r) {
-      float* y = a.y + (row0 + r) * a.n + col0;
+      float* y = a.y + (row0 + r) * a.y_row + col0;
       const float* v = values + r * kPanel;
-      if (a.bias)
+      if (a.accumulate)
+        for (int64_t c = 0; c < cols; ++c) y[c] += v[c];
+      else if (a.bias)
         for (int64_t c = 0; c < cols; ++c) y[c] = v[c] + a.bias[col0 + c];
       else
         std::memcpy(y, v, cols * sizeof(float));

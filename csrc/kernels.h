@@ -27,6 +27,9 @@ struct LinearArgs {
   const float* bias;   // [n] or null
   float* y;            // [m, n]; unused by linear_argmax
   int64_t m, n, k;
+  int64_t x_row, x_k;  // from one row of x to the next, from one k to the next
+  int64_t y_row;
+  bool accumulate;     // y +=, without a bias
   WeightType weight_type;
   int threads;
 };
@@ -149,6 +152,10 @@ const Kernels* kernels_portable();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+#if __clang_major__ >= 9 || (!defined(__clang__) && __GNUC__ >= 10)
+#define DIFFPO_AVX512_BF16 1
+const Kernels* kernels_avx512_bf16();
+#endif
 #endif
 
 // Layout changes; not worth a variant per instruction set.

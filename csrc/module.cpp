@@ -15,7 +15,12 @@ const Kernels* choose(const char* name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Kernels* available[] = {avx512 ? kernels_avx512() : nullptr, avx2 ? kernels_avx2() : nullptr, kernels_portable()};
+#if defined(DIFFPO_AVX512_BF16)
+  const Kernels* pairs = avx512 && __builtin_cpu_supports("avx512bf16") ? kernels_avx512_bf16() : nullptr;
+#else
+  const Kernels* pairs = nullptr;
+#endif
+  const Kernels* available[] = {pairs, avx512 ? kernels_avx512() : nullptr, avx2 ? kernels_avx2() : nullptr, kernels_portable()};
 #else
   const Kernels* available[] = {kernels_portable()};
 #endif
@@ -71,6 +76,7 @@ LinearArgs read_linear(Reader& r) {
   LinearArgs a;
   a.x = r.pointer<float>(), a.weight = r.pointer<void>(), a.bias = r.pointer<float>(), a.y = r.pointer<float>();
   a.m = r.integer(), a.n = r.integer(), a.k = r.integer();
+  a.x_row = a.k, a.x_k = 1, a.y_row = a.n, a.accumulate = false;
   a.weight_type = static_cast<WeightType>(r.integer()), a.threads = static_cast<int>(r.integer());
   return a;
 }

@@ -15,6 +15,17 @@ static inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a
 static inline Vec first_of_pairs(const uint16_t* p) { return (Vec)(*reinterpret_cast<const UVec*>(p) << 16); }
 static inline Vec second_of_pairs(const uint16_t* p) { return (Vec)(*reinterpret_cast<const UVec*>(p) & 0xffff0000u); }
 
+static inline Vec load_pairs(const uint16_t* p) { return (Vec)*reinterpret_cast<const UVec*>(p); }
+
+// Rounded to the nearest, ties to even, as PyTorch does.
+static inline uint32_t bfloat16_bits(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+static inline uint32_t to_pair(float first, float second) { return bfloat16_bits(first) | bfloat16_bits(second) << 16; }
+
 // Sums and maxima go over the lanes in one fixed order: a row's result never depends on its neighbours.
 static inline float lane_sum(Vec v) {
   float s = 0;

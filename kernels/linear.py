@@ -77,7 +77,8 @@ class LinearWeight:
 def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
     """``x @ weight.T + bias``: x [m, columns] -> [m, rows], float32 with a packed weight.
 
-    With the C++ kernel a row of the result has the same bits whatever the other rows are and however many.
+    With the C++ kernel a row of the result has the same bits whatever the other rows are and however many. Where the processor
+    multiplies bfloat16 (``native_name()`` is ``avx512_bf16``) x is rounded to it for a bfloat16 weight, as PyTorch's own is.
     """
     library = choose(impl, weight.takes(x, bias), "a packed weight and contiguous float32 inputs of its shape")
     if library is None:

@@ -26,6 +26,11 @@ class Native:
     process: int
 
     @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether products with bfloat16 weights round the other operand to bfloat16; sums are float32 everywhere."""
+        return self.name == "avx512_bf16"
+
+    @property
     def threads(self) -> int:
         """Threads to use: torch's setting; 1 in a forked child, where OpenMP's pool of threads no longer exists."""
         return torch.get_num_threads() if os.getpid() == self.process else 1
@@ -35,7 +40,7 @@ class Native:
 def native() -> Native | None:
     """The C++ kernels for this processor, or None (said once in the log) where they were not built.
 
-    ``DIFFPO_CPU_KERNELS`` forces one of ``avx512``, ``avx2``, ``portable`` or ``torch`` (none of them).
+    ``DIFFPO_CPU_KERNELS`` forces one of ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``torch`` (none of them).
     """
     wanted = os.environ.get("DIFFPO_CPU_KERNELS") or None
     if wanted == "torch":
@@ -50,7 +55,7 @@ def native() -> Native | None:
 
 
 def native_name() -> str:
-    """Instruction set of the CPU kernels in use: ``avx512``, ``avx2``, ``portable``, or ``torch`` without the extension."""
+    """CPU kernels in use: ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``, or ``torch`` without the extension."""
     library = native()
     return library.name if library else "torch"
 

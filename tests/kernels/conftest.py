@@ -10,7 +10,7 @@ import pytest
 from engine.kernels.consistency_loss.operation import LossImpl
 from engine.kernels.native import Impl, native
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 def reason_to_skip(name: str) -> str | None:

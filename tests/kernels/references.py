@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import PAGE_SIZE, KVLayout, kv_cache_shapes
+from engine.kernels.native import native
 
 EPSILON = torch.finfo(torch.float32).eps
 TINY = torch.finfo(torch.float32).tiny
@@ -45,6 +46,13 @@ def assert_within(actual: Tensor, exact: Tensor, allowed: Tensor) -> None:
 
 def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor, magnitude: Tensor) -> None:
     assert_within(actual, exact, tolerance(exact, plain, magnitude))
+
+
+def multiplied(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """What the C++ kernels in use multiply with weights of a type."""
+    library = native()
+    rounds = library is not None and library.name == "avx512_bf16" and weight_dtype is torch.bfloat16
+    return x.bfloat16().to(x.dtype) if rounds else x
 
 
 def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import LinearWeight, embedding, linear
+from engine.kernels import LinearWeight, embedding, linear, native_name
 from engine.kernels.native import Impl
 from tests.kernels import references
 from tests.kernels.references import assert_within, randn, tolerance
@@ -22,9 +22,10 @@ def case(n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def expected(n: int, k: int, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def expected(n: int, k: int, dtype: torch.dtype, kernels: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The exact result and the tolerance of all rows, without and with the bias."""
     x, matrix, bias = case(n, k, dtype)
+    x = references.multiplied(x, dtype)
     exact = references.linear(x.double(), matrix.double())
     plain = references.linear(x, matrix.float())
     magnitude = references.linear(x.abs(), matrix.float().abs())
@@ -38,7 +39,7 @@ def expected(n: int, k: int, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor],
 @pytest.mark.parametrize("n", [1, 31, 33, 507])
 def test_linear_is_accurate(n: int, k: int, dtype: torch.dtype, impl: Impl) -> None:
     x, matrix, bias = case(n, k, dtype)
-    (exact, allowed), (exact_with_bias, allowed_with_bias) = expected(n, k, dtype)
+    (exact, allowed), (exact_with_bias, allowed_with_bias) = expected(n, k, dtype, native_name())
     weight = LinearWeight.from_dense(matrix)
     assert weight.packed == (impl == "cpp")
     for m in ROWS:
@@ -47,6 +48,17 @@ def test_linear_is_accurate(n: int, k: int, dtype: torch.dtype, impl: Impl) -> N
         assert_within(y, exact_with_bias[:m], allowed_with_bias[:m])
     for m in (1, 13):
         assert_within(linear(x[:m], weight, impl=impl), exact[:m], allowed[:m])
+
+
+def test_what_is_multiplied_with_bfloat16(instruction_set: str) -> None:
+    """Ties to even, up to infinity, NaN: what PyTorch makes of them, or the numbers as they are."""
+    tie, unit = 2.0**-8, 2.0**-7
+    ends = [torch.finfo(t).max * s for t in (torch.float32, torch.bfloat16) for s in (1, -1)]
+    values = [1 + tie, 1 + unit + tie, -1 - tie, 1 + tie + 2**-20, 0.0, *ends, torch.inf, -torch.inf, torch.nan]
+    x = torch.cat((torch.tensor(values), randn(0, 300)))[:, None]
+    weight = LinearWeight.from_dense(torch.ones(1, 1, dtype=torch.bfloat16))
+    expected = references.multiplied(x, torch.bfloat16)
+    torch.testing.assert_close(linear(x, weight, impl="cpp"), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -34,8 +34,9 @@ def test_index_and_value(
     """The index is that of the float64 logits, or of one that float32 cannot tell from it."""
     x, matrix, bias = case(n, k, dtype)
     bias = bias if with_bias else torch.zeros(n)
-    exact = references.soft_capped(references.linear(x.double(), matrix.double(), bias.double()), softcap)
-    plain = references.soft_capped(references.linear(x, matrix.float(), bias), softcap)
+    seen = references.multiplied(x, dtype)
+    exact = references.soft_capped(references.linear(seen.double(), matrix.double(), bias.double()), softcap)
+    plain = references.soft_capped(references.linear(seen, matrix.float(), bias), softcap)
     # the cap has a slope of at most 1
     allowed = tolerance(exact, plain, references.linear(x.abs(), matrix.float().abs(), bias.abs()))
     weight = LinearWeight.from_dense(matrix)

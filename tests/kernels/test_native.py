@@ -8,6 +8,7 @@ import torch
 
 from engine.kernels import LinearWeight, linear, native_name
 from engine.kernels.native import native
+from tests.kernels.conftest import INSTRUCTION_SETS
 
 ARGUMENTS = {
     "linear": 10,
@@ -39,7 +40,7 @@ def test_the_chosen_instruction_set_is_the_one_in_use(instruction_set: str) -> N
 
 def test_the_widest_instruction_set_is_the_default(reloaded: pytest.MonkeyPatch) -> None:
     _cpu = pytest.importorskip("engine.kernels._cpu")
-    for name in ("avx512", "avx2", "portable"):
+    for name in INSTRUCTION_SETS:
         try:
             expected = _cpu.kernels(name)
             break
