@@ -1,5 +1,5 @@
-// y = x W^T over packed weights. Every output is one chain of multiply-adds over k (fused where the processor can), cut into blocks of kBlockK that
-// are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch it is in.
+// y = x W^T over packed weights. Every output is one chain of multiply-adds over k (fused where the processor can), cut into
+// blocks of kBlockK that are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch.
 
 constexpr int kRows = MAX_ROWS;      // rows of one register tile
 constexpr int64_t kBlockK = 384;     // 48 KB of a panel, 18 KB of a tile of x: between the L1 and the L2 cache
@@ -102,7 +102,7 @@ template <int MR, class A, class T>
 static inline void tiles(int64_t columns, int64_t k_len, const A* a, int64_t row_stride, int64_t k_stride, const T* b, Columns from,
                          float* c, Columns to, bool accumulate) {
   int64_t col = 0;
-#define DIFFPO_WIDTH(NV)                                                                                              \
+#define DIFFPO_WIDTH(NV)\
   if constexpr (NV <= 2 || (MR + 1) * NV < REGISTERS)                                                                 \
     for (; col + NV * W <= columns; col += NV * W)                                                                    \
       tile<MR, NV>(k_len, a, row_stride, k_stride, b + kSideBySide<T> * from.at(col), from, c + to.at(col), to, accumulate);

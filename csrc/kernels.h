@@ -160,6 +160,8 @@ const Kernels* kernels_avx512_bf16();
 
 // Layout changes; not worth a variant per instruction set.
 void pack_weight(const void* source, void* packed, int64_t rows, int64_t k, int64_t row_offset, WeightType type, int threads);
+// [k, n] bfloat16 -> the packed layout of its transpose
+void pack_transposed(const uint16_t* source, uint16_t* packed, int64_t k, int64_t n, int threads);
 void embed(const int64_t* ids, const void* packed, float* out, int64_t count, int64_t k, float scale, WeightType type);
 
 }  // namespace diffpo

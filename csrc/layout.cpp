@@ -24,6 +24,26 @@ void pack(const T* source, T* packed, int64_t rows, int64_t k, int64_t row_offse
     }
 }
 
+// The same of 16 bits, a pair at a time and a cache line of each row at a time: the loss packs its weights anew in each pass.
+void pack(const uint16_t* source, uint16_t* packed, int64_t rows, int64_t k, int64_t row_offset, int threads) {
+  (void)threads;
+  const int64_t first = row_offset / kPanel, last = (row_offset + rows + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t begin = std::max(p * kPanel, row_offset), end = std::min((p + 1) * kPanel, row_offset + rows);
+    uint16_t* panel = packed + p * panel_size<uint16_t>(k);
+    for (int64_t i = 0; i < k; i += kPanel) {
+      const int64_t pairs = std::min(kPanel, k - i) / 2;
+      for (int64_t row = begin; row < end; ++row) {
+        const uint16_t* s = source + (row - row_offset) * k + i;
+        uint16_t* out = panel + place<uint16_t>(row % kPanel, i);
+        for (int64_t j = 0; j < pairs; ++j) std::memcpy(out + j * 2 * kPanel, s + 2 * j, 2 * sizeof *s);
+        if (i + 2 * pairs + 1 == k) out[pairs * 2 * kPanel] = s[2 * pairs];
+      }
+    }
+  }
+}
+
 inline float widen(float v) { return v; }
 inline float widen(uint16_t v) {
   const uint32_t bits = static_cast<uint32_t>(v) << 16;
@@ -39,7 +59,27 @@ void gather(const int64_t* ids, const T* packed, float* out, int64_t count, int6
     for (int64_t i = 0; i < k; ++i) out[r * k + i] = widen(s[place<T>(ids[r] % kPanel, i)]) * scale;
   }
 }
+inline uint32_t interleaved(const uint16_t* first, const uint16_t* second) { return *first | (uint32_t)*second << 16; }
 }  // namespace
+
+void pack_transposed(const uint16_t* source, uint16_t* packed, int64_t k, int64_t n, int threads) {
+  (void)threads;
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t columns = std::min(kPanel, n - p * kPanel);
+    uint16_t* out = packed + p * panel_size<uint16_t>(k);
+    for (int64_t i = 0; i < k; i += 2, out += 2 * kPanel) {
+      const uint16_t* first = source + i * n + p * kPanel;
+      uint32_t pairs[kPanel] = {};
+      if (i + 1 < k)
+        for (int64_t c = 0; c < columns; ++c) pairs[c] = interleaved(first + c, first + n + c);
+      else
+        for (int64_t c = 0; c < columns; ++c) pairs[c] = first[c];
+      std::memcpy(out, pairs, sizeof pairs);
+    }
+  }
+}
 
 void pack_weight(const void* source, void* packed, int64_t rows, int64_t k, int64_t row_offset, WeightType type,
                  int threads) {

@@ -88,6 +88,18 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run(r, [&] { k->linear(a); });
 }
 
+// y (+)= x weight, where x and y lie in part of larger matrices or x is the transpose of what lies in memory
+PyObject* py_product(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 12);
+  const Kernels* k = r.kernels();
+  LinearArgs a{};
+  a.x = r.pointer<float>(), a.weight = r.pointer<void>(), a.y = r.pointer<float>();
+  a.m = r.integer(), a.n = r.integer(), a.k = r.integer();
+  a.x_row = r.integer(), a.x_k = r.integer(), a.y_row = r.integer(), a.accumulate = r.integer() != 0;
+  a.weight_type = WeightType::kBFloat16, a.threads = static_cast<int>(r.integer());
+  return run(r, [&] { k->linear(a); });
+}
+
 PyObject* py_linear_argmax(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader r(args, count, 13);
   const Kernels* k = r.kernels();
@@ -219,6 +231,15 @@ PyObject* py_pack_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run(r, [&] { pack_weight(source, packed, rows, k, offset, type, threads); });
 }
 
+PyObject* py_pack_transposed(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Reader r(args, count, 5);
+  const uint16_t* source = r.pointer<uint16_t>();
+  uint16_t* packed = r.pointer<uint16_t>();
+  const int64_t k = r.integer(), n = r.integer();
+  const int threads = static_cast<int>(r.integer());
+  return run(r, [&] { pack_transposed(source, packed, k, n, threads); });
+}
+
 PyObject* py_embed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Reader r(args, count, 7);
   const int64_t* ids = r.pointer<int64_t>();
@@ -233,7 +254,8 @@ PyObject* py_embed(PyObject*, PyObject* const* args, Py_ssize_t count) {
 #define DIFFPO_METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_##name)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {DIFFPO_METHOD(kernels),       DIFFPO_METHOD(linear),   DIFFPO_METHOD(linear_argmax),
                          DIFFPO_METHOD(attention),     DIFFPO_METHOD(rope_kv_write), DIFFPO_METHOD(rms_norm),
-                         DIFFPO_METHOD(gated_activation), DIFFPO_METHOD(pack_weight), DIFFPO_METHOD(embed),
+                         DIFFPO_METHOD(gated_activation), DIFFPO_METHOD(pack_weight), DIFFPO_METHOD(pack_transposed),
+                         DIFFPO_METHOD(embed),         DIFFPO_METHOD(product),
                          DIFFPO_METHOD(loss_statistics), DIFFPO_METHOD(loss_gradient),
                          DIFFPO_METHOD(loss_filter),   DIFFPO_METHOD(loss_sparse_hidden), DIFFPO_METHOD(loss_sparse_head),
                          {nullptr, nullptr, 0, nullptr}};

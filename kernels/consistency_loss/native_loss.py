@@ -1,4 +1,4 @@
-"""The consistency loss on a CPU: products by PyTorch's BLAS, everything between them in C++, the vocabulary in blocks.
+"""The consistency loss on a CPU: products (native_products.py), everything between them in C++, the vocabulary in blocks.
 
 Two passes over the vocabulary: logits and their rows' statistics, then gradients. Between the passes logits wait in the memory
 of the head's gradient, a block of them where the same block of the gradient will be written, and what does not fit there in
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.consistency_loss.native_rows import Group, Results, blocks, groups, product
+from engine.kernels.consistency_loss.native_products import Products, held_bytes, products
+from engine.kernels.consistency_loss.native_rows import Group, Results, blocks, groups
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from engine.kernels.native import Native, address, native, new_output
 
@@ -45,13 +46,14 @@ def loss_and_gradients(p: Problem, needs: Needs) -> Outcome:
     parts = groups(p, needs, first, kept_rows(p))
     sizes = [len(targets) + len(drafts) for targets, drafts, _ in parts]
     results = Results.allocate(p, needs, covered=sum(sizes))
-    space = _Workspace.allocate(p, needs, sizes)
+    space = _Workspace.allocate(p, needs, sizes, library)
     for number, (targets, drafts, teachers) in enumerate(parts):
         group = Group.gather(p, needs, targets, drafts, teachers)
         places = _Places.choose(space, group, results.grad_weight if number == 0 else None)
-        _first_pass(p, group, space, places, library)
+        work = products(group.hidden, p.weight.dtype, space.block, library)
+        _first_pass(p, group, places, work, library)
         if needs.gradients or needs.stats or len(drafts):
-            _second_pass(p, needs, group, space, places, results, library, accumulate=number > 0)
+            _second_pass(p, needs, group, places, work, results, library, accumulate=number > 0)
         results.finish(p, group)
     return results.outcome(p)
 
@@ -77,36 +79,25 @@ class _Workspace:
     """[rows, v] float32: logits between the passes, of rows that do not fit in the head's gradient."""
     fresh: Tensor
     """[rows, block] float32: logits of the block of rows that are kept nowhere; in the second pass the gradient of all rows."""
-    head: Tensor
-    """[block, d] float32: converted rows of the weight."""
-    head_gradient: Tensor
-    """[block, d] float32, before it is rounded."""
     bias: Tensor | None
     slot_rows: int
     block: int
 
     @classmethod
-    def allocate(cls, p: Problem, needs: Needs, sizes: list[int]) -> "_Workspace":
+    def allocate(cls, p: Problem, needs: Needs, sizes: list[int], library: Native) -> "_Workspace":
         """``sizes``: rows of the groups."""
         v, d = p.weight.shape
-        low, rounded = p.weight.dtype is not torch.float32, _one_group(p, needs)
+        rounded = _one_group(p, needs)
         block = min(ROUNDED_BLOCK if rounded else BLOCK, v)
-        head = block * d if low else 0
         rows, slots = max(sizes, default=0), _slot_rows(p, needs)
         kept = max([0, *(size - (0 if number else slots) for number, size in enumerate(sizes))])
         if rounded:
-            held = 4 * (2 * head + rows * (2 * d + block))
+            held = 4 * rows * (2 * d + block) + held_bytes(p.weight.dtype, rows, block, d, library)
             room = WORK_BYTES * (len(p.labels) + len(p.pair_index)) * v - held
             kept = min(kept, max(FEW_ROWS, int(room) // (4 * v)))
         return cls(
-            new_output(kept, v), new_output(rows, block), new_output(block if low else 0, d),
-            new_output(block if rounded else 0, d), None if p.bias is None else p.bias.float(), slots, block,
-        )  # fmt: skip
-
-    def head_rows(self, p: Problem, block: slice) -> Tensor:
-        """[count, d] float32 rows of the weight."""
-        rows = p.weight[block]
-        return rows if rows.dtype is torch.float32 else self.head[: len(rows)].copy_(rows)
+            new_output(kept, v), new_output(rows, block), None if p.bias is None else p.bias.float(), slots, block
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,43 +157,30 @@ def _arguments(p: Problem, group: Group, places: _Places, block: slice, *options
     ]  # fmt: skip
 
 
-def _first_pass(p: Problem, group: Group, space: _Workspace, places: _Places, library: Native) -> None:
-    for block in blocks(p, space.block):
-        head = space.head_rows(p, block)
+def _first_pass(p: Problem, group: Group, places: _Places, work: Products, library: Native) -> None:
+    for block in blocks(p, places.space.block):
+        work.take(p.weight[block])
         for rows, logits in (*places.kept(block), *places.fresh(block)):
-            product(group.hidden[rows], head, logits)
+            work.logits(rows, logits)
         arguments = _arguments(p, group, places, block, False, True, library.threads)
         library.module.loss_statistics(library.table, *arguments)
 
 
 def _second_pass(
-    p: Problem, needs: Needs, group: Group, space: _Workspace, places: _Places, results: Results, library: Native, *,
+    p: Problem, needs: Needs, group: Group, places: _Places, work: Products, results: Results, library: Native, *,
     accumulate: bool,
 ) -> None:  # fmt: skip
-    hidden_wanted = len(group.gradient) > 0
-    for block in blocks(p, space.block):
-        head = space.head_rows(p, block) if hidden_wanted or places.kept_rows < places.rows else None
+    for block in blocks(p, places.space.block):
+        work.take(p.weight[block])
         for rows, logits in places.fresh(block):
-            assert head is not None
-            product(group.hidden[rows], head, logits)
+            work.logits(rows, logits)
         arguments = _arguments(p, group, places, block, needs.gradients, needs.stats, library.threads)
         library.module.loss_gradient(library.table, *arguments)
         gradient = places.gradient(block)
-        if hidden_wanted:
-            assert head is not None
+        if len(group.gradient):
             wanted = slice(0 if needs.target else len(group.targets), None if needs.draft else len(group.targets))
-            group.gradient[wanted].addmm_(gradient[wanted], head)
+            work.add_to_hidden(gradient[wanted], group.gradient[wanted])
         if results.grad_weight is not None:
-            _add_to_head(group, gradient, space, results.grad_weight[block], accumulate=accumulate)
+            work.head_gradient(gradient, results.grad_weight[block], accumulate=accumulate)
         if results.grad_bias is not None:
             results.grad_bias[block] += gradient.sum(0)
-
-
-def _add_to_head(group: Group, gradient: Tensor, space: _Workspace, out: Tensor, *, accumulate: bool) -> None:
-    """out (+)= G^T h: complete over the batch where it has to be rounded."""
-    if out.dtype is not torch.float32:
-        out.copy_(torch.mm(gradient.T, group.hidden, out=space.head_gradient[: len(out)]))
-    elif accumulate:
-        out.addmm_(gradient.T, group.hidden)
-    else:
-        torch.mm(gradient.T, group.hidden, out=out)

@@ -9,7 +9,6 @@ from torch import Tensor
 from engine.kernels.consistency_loss.problem import LossStats, Needs, Outcome, Problem
 from engine.kernels.native import new_output
 
-DEPTH = 128  # products a BLAS adds up in a row: chains of its own choice lose up to a factor 1.6 in the logits and gain no time
 STATE = 8  # float64 of a row; LossState in csrc/kernels.h
 LARGEST, SUM, _, PICKED, BEST, DIVERGENCE, ENTROPY, _ = range(STATE)
 
@@ -157,11 +156,3 @@ class Results:
 def blocks(p: Problem, size: int) -> Iterator[slice]:
     v = len(p.weight)
     return (slice(start, min(start + size, v)) for start in range(0, v, size))
-
-
-def product(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """out [rows, count] = hidden @ head.T."""
-    torch.mm(hidden[:, :DEPTH], head[:, :DEPTH].T, out=out)
-    for start in range(DEPTH, hidden.shape[1], DEPTH):
-        part = slice(start, start + DEPTH)
-        out.addmm_(hidden[:, part], head[:, part].T)

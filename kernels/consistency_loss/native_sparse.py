@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.consistency_loss import native_loss
-from engine.kernels.consistency_loss.native_rows import Group, Results, blocks, groups, product
+from engine.kernels.consistency_loss.native_products import products
+from engine.kernels.consistency_loss.native_rows import Group, Results, blocks, groups
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from engine.kernels.native import Native, address, native, new_output
 
@@ -120,9 +121,11 @@ def _entries(p: Problem, needs: Needs, group: Group, logits: Tensor, library: Na
     """Of a group, whose logits are computed here; None where there are too many."""
     bias = None if p.bias is None else p.bias.float()
     rows, v = len(group.hidden), len(p.weight)
+    work = products(group.hidden, p.weight.dtype, min(LOGIT_BLOCK, v), library)
     for block in blocks(p, LOGIT_BLOCK):
         here = logits[rows * block.start : rows * block.stop]
-        product(group.hidden, p.weight[block].float(), here.view(rows, -1))
+        work.take(p.weight[block])
+        work.logits(slice(None), here.view(rows, -1))
         library.module.loss_statistics(
             library.table, *_loss_arguments(p, group, here, bias), False, True, library.threads, block.start, len(here) // rows
         )  # fmt: skip
