@@ -5,6 +5,7 @@ from torch import Tensor
 
 from engine.kernels.linear import _WEIGHT_TYPES, LinearWeight, linear
 from engine.kernels.native import Impl, address, choose, new_output
+from engine.kernels.softcap import check_softcap
 from engine.kernels.triton_choice import choose_triton
 
 MAX_LOGITS_BYTES = 1 << 24  # what the reference materialises at a time
@@ -27,10 +28,11 @@ def linear_argmax(
 
     hidden [m, d], weight [vocabulary, d], bias [vocabulary] -> index [m] int64 (-1 where a row holds only NaN, which
     otherwise never wins), value [m] float32 (NaN where the index is -1), after the soft-cap
-    ``softcap * tanh(z / softcap)`` (Gemma-2) where one is given. ``row_count`` int32 [1], on hidden's device: rows from
-    there on fill up a batch, their index is -1. On a GPU nothing waits for the device, and rows that are not in use cost
-    nothing.
+    ``softcap * tanh(z / softcap)`` (Gemma-2) where one is given; None and 0.0 are none. ``row_count`` int32 [1], on
+    hidden's device: rows from there on fill up a batch, their index is -1. On a GPU nothing waits for the device, and
+    rows that are not in use cost nothing.
     """
+    check_softcap(softcap)
     if choose_triton(impl, hidden, triton_takes(hidden, weight, bias, row_count), TRITON_INPUTS):
         from engine.kernels.gpu import linear_argmax as gpu
 
@@ -68,6 +70,7 @@ def triton_takes(hidden: Tensor, weight: LinearWeight, bias: Tensor | None, row_
 
 def logits(hidden: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, softcap: float | None = None) -> Tensor:
     """The [m, vocabulary] float32 logits themselves, for few rows at a time: sampling, references."""
+    check_softcap(softcap)
     z = linear(hidden, weight, bias).float()
     return softcap * torch.tanh(z / softcap) if softcap else z
 

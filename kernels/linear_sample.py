@@ -19,6 +19,7 @@ from engine.kernels.linear_argmax import (
     logits,
     triton_takes,
 )
+from engine.kernels.softcap import check_softcap
 from engine.kernels.triton_choice import choose_triton
 
 
@@ -48,6 +49,7 @@ def linear_sample(
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
+    check_softcap(softcap)
     vectors = (temperature, seeds, positions)
     if any(t.shape != hidden.shape[:1] for t in vectors):
         raise ValueError(

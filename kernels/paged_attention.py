@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.kernels.flash_attention import PAGES_PER_RUN, FlashIndices, flash_attention, reason_against_flash
 from engine.kernels.native import Impl, choose, is_native_index, is_native_layout, new_output
+from engine.kernels.softcap import check_softcap
 from engine.kernels.triton_choice import choose_triton
 
 PAGE_SIZE = 32  # positions per page; kPage in csrc/kernels.h
@@ -63,7 +64,8 @@ def paged_attention(
     owns rows row_start[s] .. row_start[s + 1] (int32 [s + 1]), at consecutive positions from first_position[s] (int32),
     and pages block_table[s] (int32 [s, max pages]); rows behind the last sequence's belong to none, and what comes out for
     them is undefined. Caches as ``kv_cache_shapes`` says. A query at position p sees keys in (p - window, p], all up to p
-    where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``.
+    where window is 0. Scores are capped as ``softcap * tanh(scores / softcap)``;
+    None and 0.0 are no cap.
 
     ``longest``: about the most positions a sequence has, or will have where a captured graph is replayed; by default what
     block_table has room for. The GPU's kernels divide their work by it, nothing else depends on it. ``flash``: the same
@@ -72,6 +74,7 @@ def paged_attention(
     With the C++ kernel a row's bits do not depend on the other rows; with Triton's not on other sequences, given all
     shapes and ``longest`` (engine/kernels/gpu/paged_attention.py says more).
     """
+    check_softcap(softcap)
     tensors = (q, k_cache, v_cache, block_table, row_start, first_position)
     if _choose_flash(impl, *tensors, flash, heads, scale, layout):
         assert flash is not None

@@ -63,7 +63,7 @@ class CausalLM:
     def head(self) -> Head:
         """The projection to logits; differentiable in what is trained of it."""
         weight, bias = _weights(self.model.get_output_embeddings())
-        return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None))
+        return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None) or None)
 
     def call_inside(self, outer: nn.Module, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """``compute()`` in place of the model's forward, within that of its wrappers.

@@ -129,7 +129,7 @@ def row_sums(p: Problem, z: Tensor, labels: Tensor, stats: bool) -> Tensor:
     if rows:
         sums_kernel[(rows, splits)](
             z, z.stride(0), p.bias, labels, labels.numel(), partial, rows, v, width, p.softcap or 1.0,
-            1.0 / p.temperature, HAS_BIAS=p.bias is not None, HAS_CAP=p.softcap is not None,
+            1.0 / p.temperature, HAS_BIAS=p.bias is not None, HAS_CAP=bool(p.softcap),
             HAS_TAU=p.temperature != 1.0, STATS=stats, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return combined(partial, p.temperature, stats)
@@ -146,7 +146,7 @@ def store_differences(
         differences_kernel[(part.heads, blocks)](
             z, z.stride(0), p.bias, sums, part.labels(p), part.first, part.last, scale, g, g.stride(0), divergence,
             part.rows, part.heads, part.without_gradient, v, blocks, p.softcap or 1.0, 1.0 / p.temperature,
-            HAS_BIAS=p.bias is not None, HAS_CAP=p.softcap is not None, HAS_TAU=p.temperature != 1.0, STORE=store,
+            HAS_BIAS=p.bias is not None, HAS_CAP=bool(p.softcap), HAS_TAU=p.temperature != 1.0, STORE=store,
             BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return divergence.sum(1)

@@ -90,7 +90,7 @@ def row_sums(p: Problem, hidden: Tensor, labels: Tensor, stats: bool) -> Tensor:
     if rows:
         project_sums_kernel[(row_tiles * splits,)](
             hidden, p.weight, p.bias, labels, labels.numel(), partial, rows, v, d, width, splits, p.softcap or 1.0,
-            1.0 / p.temperature, HAS_BIAS=p.bias is not None, HAS_CAP=p.softcap is not None,
+            1.0 / p.temperature, HAS_BIAS=p.bias is not None, HAS_CAP=bool(p.softcap),
             HAS_TAU=p.temperature != 1.0, STATS=stats, **_constants(t, hidden), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return combined(partial, p.temperature, stats)
@@ -117,7 +117,7 @@ def _differences(
             project_differences_kernel[(row_tiles * column_tiles,)](
                 hidden, p.weight, p.bias, labels, part.teacher, sums, scale, log_p, log_p.stride(0), g, g.stride(0),
                 divergence, part.rows, first, last, quiet, block.start, block.stop, d, column_tiles, p.softcap or 1.0,
-                1.0 / p.temperature, DRAFT=first > 0, HAS_BIAS=p.bias is not None, HAS_CAP=p.softcap is not None,
+                1.0 / p.temperature, DRAFT=first > 0, HAS_BIAS=p.bias is not None, HAS_CAP=bool(p.softcap),
                 HAS_TAU=p.temperature != 1.0, **_constants(t, hidden), num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
     return divergence.sum(1)

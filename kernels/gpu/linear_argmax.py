@@ -31,7 +31,7 @@ def linear_argmax(
     has_count = row_count is not None
     project_argmax_kernel[t.grid(rows, v)](
         hidden, weight, bias, row_count, best, best_index, rows, v, d, column_tiles, softcap or 1.0,
-        HAS_BIAS=bias is not None, HAS_COUNT=has_count, HAS_CAP=softcap is not None, **t.options(hidden),
+        HAS_BIAS=bias is not None, HAS_COUNT=has_count, HAS_CAP=bool(softcap), **t.options(hidden),
     )  # fmt: skip
     reduce_argmax_kernel[(rows,)](
         best, best_index, row_count, index, value, rows, column_tiles, HAS_COUNT=has_count, BLOCK=BLOCK, num_warps=4

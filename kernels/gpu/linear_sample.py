@@ -40,7 +40,7 @@ def linear_sample(
     flags = {"HAS_COUNT": row_count is not None, "LOG_P": log_probability}
     project_sample_kernel[t.grid(rows, v)](
         hidden, weight, bias, temperature, seeds, positions, row_count, best, best_index, rows, v, d, column_tiles,
-        softcap or 1.0, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, **flags, **t.options(hidden),
+        softcap or 1.0, HAS_BIAS=bias is not None, HAS_CAP=bool(softcap), **flags, **t.options(hidden),
     )  # fmt: skip
     reduce_sample_kernel[(rows,)](
         best, best_index, row_count, index, log_p, rows, column_tiles, **flags, BLOCK=BLOCK, num_warps=4

@@ -45,7 +45,7 @@ def paged_attention(
     attention_kernel[(divided.row_tiles, kv_heads, splits)](
         q, q.stride(0), k_cache, v_cache, block_table, block_table.stride(0), row_start, first_position, parts, sums, t,
         sequences, kv_heads, splits, window, scale / (softcap or scale), (softcap or scale) * LOG2_E, GROUP=group,
-        HEAD_DIM=head_dim, PAGE=page, HAS_CAP=softcap is not None, HAS_WINDOW=window > 0, SHARED=shared,
+        HEAD_DIM=head_dim, PAGE=page, HAS_CAP=bool(softcap), HAS_WINDOW=window > 0, SHARED=shared,
         LINES=tile.lines, KEYS=tile.keys, COLUMNS=columns,
         WIDEN=q.is_cpu,  # Triton's interpreter multiplies the bits of bfloat16 as integers
         num_warps=tile.warps, num_stages=tile.stages,

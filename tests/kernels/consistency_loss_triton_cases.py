@@ -158,6 +158,12 @@ def test_shapes_that_are_multiples_of_nothing(plan: str, dtype: torch.dtype) -> 
     solve(make(13, pairs, 33, 1057, dtype=dtype, plan=plan, softcap=5.0, bias=True, temperature=2.0))
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_soft_cap_of_zero_is_none(plan: str) -> None:
+    """As the other implementations take it; the public function refuses it for all of them."""
+    solve(make(3, [2, 0], 16, 50, plan=plan, softcap=0.0))
+
+
 @pytest.mark.parametrize("drafts", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("plan", PLANS)
 def test_several_drafts_for_a_target(plan: str, drafts: int) -> None:

@@ -7,6 +7,7 @@ import functools
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,6 +171,20 @@ def test_soft_caps_at_both_ends(softcap: float) -> None:
     accurate(case, attend(case, softcap=softcap), softcap=softcap)
 
 
+def test_a_soft_cap_of_zero_is_none() -> None:
+    """As configs of models write it, by the public function, by its reference and by the launcher on its own."""
+    case = case_of(FEW_SPANS, 1, 2, 16, HALF)
+    tensors = (case.q, case.k_cache, case.v_cache, case.block_table, case.row_start, case.first_position)
+    plan = divided(case, 1)
+    for found, expected in (
+        (attend(case, softcap=0.0), attend(case)),
+        (attend(case, softcap=0.0, plan=plan), attend(case, plan=plan)),
+    ):
+        assert torch.equal(found, expected)
+    options = {"heads": case.heads, "scale": 0.3, "layout": "nhd", "impl": "torch"}
+    assert torch.equal(paged_attention(*tensors, softcap=0.0, **options), paged_attention(*tensors, **options))
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_queries_inside_a_fused_qkv_and_rows_of_nobody(splits: int) -> None:
     """Neither the columns behind the queries nor the rows behind the last sequence have influence."""
@@ -311,13 +326,30 @@ def test_a_captured_launch_serves_other_sequences() -> None:
         accurate(case, out[: len(case.q)].cpu())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="addresses above 2^31 need a GPU's memory")
+def zeros(*shape: int) -> Tensor:
+    """Of HALF; on a CPU they take memory only where they are touched."""
+    if DEVICE.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, np.int16)).view(HALF)
+    return torch.zeros(shape, dtype=HALF, device=DEVICE)
+
+
 def test_pages_above_two_to_the_31() -> None:
+    """Elements of either cache."""
     case = case_of(((90, 4),), 8, 1, 128, HALF)
     pages = (1 << 31) // (PAGE_SIZE * 8 * 128) + 50
-    k, v = (torch.empty(pages, PAGE_SIZE, 8, 128, dtype=HALF, device=DEVICE) for _ in range(2))
+    caches = {name: zeros(pages, PAGE_SIZE, 8, 128) for name in ("k_cache", "v_cache")}
     table = case.block_table.clone()
     owned = table[0, :3].tolist()
     table[0, :3] = torch.tensor([pages - 1, pages - 40, pages - 7])
-    k[table[0, :3].tolist()], v[table[0, :3].tolist()] = case.k_cache[owned].to(DEVICE), case.v_cache[owned].to(DEVICE)
-    accurate(case, attend(replace(case, k_cache=k, v_cache=v, block_table=table)))
+    for name, cache in caches.items():
+        cache[table[0, :3].tolist()] = getattr(case, name)[owned].to(DEVICE)
+    accurate(case, attend(replace(case, **caches, block_table=table)))
+
+
+def test_queries_above_two_to_the_31() -> None:
+    """Elements from the first row to the last, which lie far apart in what they are a part of."""
+    case = case_of(((90, 3),), 1, 2, 16, HALF)
+    apart = 1 << 30
+    q = zeros(2 * apart + 32).as_strided((3, 32), (apart, 1))
+    q.copy_(case.q)
+    accurate(case, attend(replace(case, q=q)))

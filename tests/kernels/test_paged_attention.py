@@ -207,6 +207,14 @@ def test_shapes_that_do_not_belong_together(instruction_set: str) -> None:
         paged_attention(*few_columns, heads=2, scale=0.3)
 
 
+@pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf")])
+def test_soft_caps_that_are_none_are_refused(softcap: float, impl: Impl) -> None:
+    with pytest.raises(
+        ValueError, match=f"softcap must be positive and finite, or None or 0.0 for no cap, got {softcap}"
+    ):
+        attend(paged_case(FEW_SPANS, 1, 2, 24), scale=1.0, softcap=softcap, window=0, impl=impl)
+
+
 def test_unknown_implementation() -> None:
     with pytest.raises(ValueError, match="impl must be"):
         attend(paged_case(FEW_SPANS, 1, 2, 24), scale=1.0, softcap=None, window=0, impl="fast")  # type: ignore[arg-type]

@@ -1,7 +1,10 @@
 """Repairs of Triton's interpreter that the tests need; import it where TRITON_INTERPRET=1."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -42,3 +45,36 @@ def repair() -> None:
     InterpreterBuilder.cast_impl = _round_to_nearest
     InterpretedFunction.__call__ = _call
     interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+
+class Reads:
+    """Addresses of the elements that kernels have loaded, each as often as it was."""
+
+    def __init__(self) -> None:
+        self.addresses: list[np.ndarray] = []
+
+    def of(self, tensor: torch.Tensor) -> list[int]:
+        """Elements of a contiguous tensor, by their index."""
+        at = np.concatenate([np.empty(0, np.int64), *self.addresses]).astype(np.int64) - tensor.data_ptr()
+        size = tensor.element_size()
+        return (at[(at >= 0) & (at < tensor.numel() * size)] // size).tolist()
+
+    def count(self) -> int:
+        return sum(part.size for part in self.addresses)
+
+
+@contextmanager
+def recorded_reads() -> Iterator[Reads]:
+    """What interpreted kernels load while this is entered; lanes that a mask switches off load nothing."""
+    reads, load = Reads(), InterpreterBuilder.create_masked_load
+
+    def recording(builder: InterpreterBuilder, at: TensorHandle, mask: TensorHandle, *rest: Any, **named: Any) -> Any:
+        there = np.broadcast_to(mask.data, at.data.shape).astype(bool)
+        reads.addresses.append(np.atleast_1d(at.data)[np.atleast_1d(there)])
+        return load(builder, at, mask, *rest, **named)
+
+    InterpreterBuilder.create_masked_load = recording
+    try:
+        yield reads
+    finally:
+        InterpreterBuilder.create_masked_load = load

@@ -106,6 +106,15 @@ def test_options_reach_the_loss(family: Family) -> None:
     assert_close(actual, exact, plain_loss(model, chosen, omega=3.0, vocabulary_mean=True))
 
 
+def test_a_soft_cap_of_zero_in_the_config_is_none(family: Family) -> None:
+    model, batch = family("gemma2"), TrajectoryCollator(PAD, drafts=1)(trajectories(seed=5))
+    capped = train_step(model, batch, loss_impl="torch").loss
+    model.config.final_logit_softcapping = None
+    expected = train_step(model, batch, loss_impl="torch").loss
+    model.config.final_logit_softcapping = 0.0
+    assert train_step(model, batch, loss_impl="torch").loss == expected != capped
+
+
 def test_a_trajectory_without_drafts_is_plain_fine_tuning(family: Family) -> None:
     model = family("qwen3")
     given = trajectories(seed=6)
