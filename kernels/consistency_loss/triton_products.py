@@ -1,6 +1,5 @@
 """Matrix products whose results are never rounded below float32."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +44,28 @@ def accumulate(to: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             to[start : start + BLOCK] += product(a[start : start + BLOCK], b)
 
 
-@functools.cache
+def ask_once(like: Tensor) -> None:
+    """Finds out what ``accumulate`` has to know of like's device and dtype, if that is new; not during a capture."""
+    if like.is_cuda and like.dtype != torch.float32:
+        _adds_in_place(like.device, like.dtype)
+
+
+_ADDS: dict[tuple[torch.device, torch.dtype], bool] = {}
+"""What trials have shown; it is the same for as long as the process lives."""
+
+
 def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build of PyTorch adds a product of ``dtype`` to a float32 matrix: older ones refuse."""
+    """Whether this build of PyTorch is known to add a product of ``dtype`` to a float32 matrix.
+
+    Only a trial shows it, which waits for the device. A CUDA graph cannot: during its capture what is not known counts as no.
+    """
+    if (device, dtype) not in _ADDS and not torch.cuda.is_current_stream_capturing():
+        _ADDS[device, dtype] = _tried(device, dtype)
+    return _ADDS.get((device, dtype), False)
+
+
+def _tried(device: torch.device, dtype: torch.dtype) -> bool:
+    """Older builds refuse."""
     a, to = torch.ones(8, 8, dtype=dtype, device=device), torch.ones(8, 8, device=device)
     try:
         torch.addmm(to, a, a, out_dtype=torch.float32, out=to)

@@ -207,7 +207,7 @@ def divided(
     of_columns = side(column_blocks, rows, row_blocks, v) if weight else None
     if rows:
         h, w = of_rows, of_columns
-        divide_kernel[(column_blocks, row_blocks)](
+        divide_kernel[(column_blocks * row_blocks,)](
             g, g.stride(0), threshold, labels, labels.numel(), panels, h and h.flags, h and h.mass, h and h.left,
             w and w.flags, w and w.mass, w and w.left, rows, v, HIDDEN=h is not None, WEIGHT=w is not None,
             WIDTH=width, num_warps=16,
@@ -260,9 +260,12 @@ def divide_kernel(
     column_left: tl.tensor, rows: tl.tensor, v: tl.tensor, HIDDEN: tl.constexpr, WEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One block of rows and of columns."""
-    row = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    column = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    """One block of rows and of columns, of which either may be too many for a grid's second dimension."""
+    column_blocks = tl.cdiv(v, WIDTH)
+    row_block = (tl.program_id(0) // column_blocks).to(tl.int64)
+    column_block = (tl.program_id(0) % column_blocks).to(tl.int64)
+    row = row_block * WIDTH + tl.arange(0, WIDTH)
+    column = column_block * WIDTH + tl.arange(0, WIDTH)
     row_there, column_there = row < rows, column < v
     stored = tl.load(
         g + row[:, None] * g_stride + column[None, :], mask=row_there[:, None] & column_there[None, :], other=0.0
@@ -274,18 +277,18 @@ def divide_kernel(
     small = (size < least[:, None]) | (size == 0.0)
     counts = tl.where(small & (column[None, :] != label[:, None]), 0, 1)
     if HIDDEN:
-        at = tl.program_id(1).to(tl.int64) * v + column
+        at = row_block * v + column
         flag = tl.max(counts, 0)
         tl.store(column_flags + at, flag.to(tl.int8), mask=column_there)
         tl.store(column_mass + at, tl.where(flag > 0, 0.0, tl.sum(size, 0)), mask=column_there)
         left = tl.sum(tl.where(flag[None, :] > 0, 0.0, x), 1)
-        tl.store(row_left + tl.program_id(0).to(tl.int64) * rows + row, left, mask=row_there)
-        to = panels + tl.program_id(1).to(tl.int64) * v * WIDTH + column[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(row_left + column_block * rows + row, left, mask=row_there)
+        to = panels + row_block * v * WIDTH + column[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         tl.store(to, tl.trans(stored), mask=column_there[:, None])
     if WEIGHT:
-        at = tl.program_id(0).to(tl.int64) * rows + row
+        at = column_block * rows + row
         flag = tl.max(counts, 1)
         tl.store(row_flags + at, flag.to(tl.int8), mask=row_there)
         tl.store(row_mass + at, tl.where(flag > 0, 0.0, tl.sum(size, 1)), mask=row_there)
         left = tl.sum(tl.where(flag[:, None] > 0, 0.0, x), 0)
-        tl.store(column_left + tl.program_id(1).to(tl.int64) * v + column, left, mask=column_there)
+        tl.store(column_left + row_block * v + column, left, mask=column_there)
