@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -123,14 +123,19 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def figures(launch: Launch, chip: int) -> Figures:
-    """Of the kernel compiled for compute capability ``chip`` / 10."""
+def compiled(launch: Launch, chip: int) -> CompiledKernel:
+    """For compute capability ``chip`` / 10."""
     assert isinstance(launch.kernel, JITFunction), "TRITON_INTERPRET was set when Triton was imported"
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", chip, 32), options=launch.options)
-    ptx = compiled.asm["ptx"]
+    return triton.compile(source(launch), target=GPUTarget("cuda", chip, 32), options=launch.options)
+
+
+def figures(launch: Launch, chip: int) -> Figures:
+    """Of the compiled kernel."""
+    kernel = compiled(launch, chip)
+    ptx = kernel.asm["ptx"]
     registers, spilled = usage(ptx, chip)
-    instruction = next((name for name in (TENSOR_CORES[chip], "mma.sync") if name in ptx), None)
-    return Figures(registers, spilled, compiled.metadata.shared, instruction, widest_load(ptx))
+    instruction = next((name for name in (TENSOR_CORES.get(chip), "mma.sync") if name and name in ptx), None)
+    return Figures(registers, spilled, kernel.metadata.shared, instruction, widest_load(ptx))
 
 
 def widest_load(ptx: str) -> int:

@@ -9,7 +9,7 @@ from engine.kernels.gpu import paged_attention
 from engine.kernels.gpu.attention_plan import Chip
 from tests.kernels.ahead_of_time.compiling import CHIPS, Launch, distinct, meta, recording
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+MULTIPROCESSORS = {80: 108, 86: 84, 90: 132, 100: 148, 120: 170}
 MAX_PAGES = 256
 
 
