@@ -6,6 +6,7 @@ sequences in and takes out those that ended.
 """
 
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,7 +140,9 @@ class DeviceLoop:
         self._launches = 0
         self._unread: deque[_Launch] = deque()  # oldest first
         self._leaving: list[_Leaving] = []
-        self._runner = runner(self._step)
+        # a runner that kept its loop would make a cycle of them: weights and cache would stay until the collector came by
+        this = weakref.proxy(self)
+        self._runner = runner(lambda kind: this._step(kind))
 
     @property
     def load(self) -> int:

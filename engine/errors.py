@@ -1,5 +1,7 @@
 """Typed errors. Each message says what was got, what was expected and what to do."""
 
+import sys
+
 
 class EngineError(Exception):
     """Base of everything this package raises on purpose."""
@@ -54,3 +56,10 @@ class DeadlineExceeded(EngineError):
 
 class EngineDead(EngineError):
     """The refiner was closed, or failed in a way that is no single request's."""
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a step can fail with that is no bug of this package. Triton's errors (shared memory that is not there, ptxas) derive
+    from a base of its own; where nobody has imported Triton none of them can have been raised."""
+    triton = getattr(sys.modules.get("triton"), "TritonError", None)
+    return (RuntimeError, MemoryError) if triton is None else (RuntimeError, MemoryError, triton)

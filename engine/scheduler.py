@@ -8,17 +8,21 @@ from torch import Tensor
 
 from engine.batch import Feed, StepBatch
 from engine.device_loop import DeviceLoop
-from engine.errors import EngineDead, EngineError, OutOfMemory
+from engine.errors import EngineDead, EngineError, OutOfMemory, failures
 from engine.jacobi import JacobiSequence
 from engine.kernels import linear_argmax, linear_sample
 from engine.kv_cache import KVCache, pages_for
 from engine.model import CausalModel
 from engine.sampling import sample
+from engine.stream_order import StreamOrder
 
 logger = logging.getLogger("engine.scheduler")
 
 PASSES_TO_RECOVER = 32
 """Forward passes in a row that succeed with fewer rows, before twice as many are tried."""
+CAPTURE_ERRORS = range(900, 909)
+"""CUDA's codes for a call that some stream's capture does not allow, cudaErrorStreamCaptureUnsupported and those behind it: the
+call has failed, and the device goes on."""
 
 
 class Scheduler:
@@ -40,6 +44,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_size = max_batch_size
         self.loop = loop
+        self._order = StreamOrder(model.device)
         self.waiting: deque[JacobiSequence] = deque()
         self.running: deque[JacobiSequence] = deque()
         self.looping: list[JacobiSequence] = []
@@ -63,11 +68,13 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         if self.loop:
+            self._order.enter()
             self.loop.drop(sequence)
         self._release(sequence)
 
     def step(self) -> list[JacobiSequence]:
         """One forward pass over what fits, one step of the loop; returns what ended, in their order of arrival."""
+        self._order.enter()
         self._admit()
         moved = self._advance(self._plan())
         done = self._take_ended(self.running)
@@ -83,7 +90,8 @@ class Scheduler:
         self.cache.pool.check_integrity([s.pages for s in (*self.looping, *self.running, *self.waiting)])
 
     def close(self) -> None:
-        """Frees what the loop keeps beside the cache."""
+        """Waits for what was launched and frees what the loop keeps beside the cache."""
+        self._order.wait()
         if self.loop:
             self.loop.close()
 
@@ -129,7 +137,7 @@ class Scheduler:
             loop.add(sequence)
         try:
             loop.step()
-        except (RuntimeError, MemoryError) as error:
+        except failures() as error:
             _check_device(error)
             self._restart(loop, error)
 
@@ -158,7 +166,7 @@ class Scheduler:
         try:
             batch = StepBatch.pack([feed for _, feed in feeds], self.model.device)
             predictions = self._predict(batch, feeds)
-        except (RuntimeError, MemoryError) as error:
+        except failures() as error:
             self._failed(feeds, error)
             return []
         self._recover()
@@ -229,7 +237,9 @@ def _noise_of_rows(feeds: list[tuple[JacobiSequence, Feed]], device: torch.devic
 
 def _check_device(error: Exception) -> None:
     """Raises EngineDead where nothing on the device can go on."""
-    if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
+    if not isinstance(error, torch.AcceleratorError) or "out of memory" in str(error):
+        return
+    if getattr(error, "error_code", None) not in CAPTURE_ERRORS:
         raise EngineDead(f"the device failed: {error}; start a new process") from error
 
 

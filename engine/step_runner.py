@@ -1,13 +1,20 @@
 """How a step of the device loop is launched: operation by operation, or as a CUDA graph that was captured once."""
 
 import logging
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
+from engine.errors import failures
+
 logger = logging.getLogger("engine.step_runner")
+
+_CAPTURING = threading.Lock()
+"""Held while a step is captured: PyTorch allows one capture at a time in a process."""
 
 
 class StepKind(NamedTuple):
@@ -77,15 +84,42 @@ class CudaRecorder:
         return _SideStream(self._stream)
 
     def capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        # Not torch.cuda.graph: it waits for the whole device, which spoils a capture of anyone else's, and empties the cache
+        # of everyone in the process. Neither is needed, as the stream orders what was launched before.
+        with _CAPTURING, torch.cuda.stream(self._stream):
+            try:
+                return self._captured(step)
+            except torch.OutOfMemoryError:
+                # while capturing, the allocator frees nothing of what it keeps for others
+                torch.cuda.empty_cache()
+                return self._captured(step)
+
+    def _captured(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph(keep_graph=self._keep_graph)
-        # A capture that fails leaves its stream the current one: what comes next would go there, behind nothing. The outer
-        # context also makes the device the current one, which is the one that torch.cuda.graph waits for.
-        current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
-        # Only this thread's calls can spoil the capture: another may be using the GPU in the same process.
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with current, recording:
+        try:
+            # Another thread may be using the GPU: in this mode its allocations do no harm. A wait for the whole device would,
+            # in any mode.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             step()
+            graph.capture_end()
+        except BaseException:
+            self._abandon(graph)
+            raise
         return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends what a failed capture began: the stream's state, then what the allocator gives to the pool.
+
+        Each part may have ended already, or have nothing to end. The allocator is told a second time because capture_end of
+        older PyTorch (before pull request 180395) does not get to it where the stream's capture was spoilt, and every later
+        torch.cuda.empty_cache() in the process would raise. What the pool holds by then may stay reserved all the same.
+        """
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        with suppress(RuntimeError):
+            graph.reset()
 
 
 class _SideStream:
@@ -104,41 +138,51 @@ class _SideStream:
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
+@dataclass(slots=True)
+class Counts:
+    """Of graphs, since the runner was made."""
+
+    captured: int = 0
+    failed: int = 0
+    replayed: int = 0
+
+
 class GraphRunner:
     """One graph per kind of step. Not run on a GPU yet: its bookkeeping is tested with graphs that are none.
 
-    The first step of a kind runs as it is on the side stream, where kernels are compiled and libraries allocate; the second
-    is captured, and from then on replayed. A kind whose capture fails goes on as its first step did.
+    The first step of a kind runs as it is on the side stream, where kernels are compiled and libraries allocate. It is
+    captured right behind that, in the same thread, as libraries keep handles per thread; from then on it is replayed.
+    After a capture that failed no other is tried: steps that have no graph run as the first ones do.
     """
 
     def __init__(self, step: Callable[[StepKind], None], recorder: Recorder) -> None:
         self._step, self._recorder = step, recorder
-        self._warm: set[StepKind] = set()
         self._graphs: dict[StepKind, Graph] = {}
-        self._failed: set[StepKind] = set()
+        self.counts = Counts()
 
     def launch(self, kind: StepKind) -> None:
-        if kind in self._warm and kind not in self._graphs and kind not in self._failed:
-            self._capture(kind)
         if graph := self._graphs.get(kind):
             graph.replay()
+            self.counts.replayed += 1
             return
         with self._recorder.side_stream():
             self._step(kind)
-        self._warm.add(kind)
+        if not self.counts.failed:
+            self._capture(kind)
 
     def close(self) -> None:
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-        self._warm.clear()
 
     def _capture(self, kind: StepKind) -> None:
         try:
             self._graphs[kind] = self._recorder.capture(lambda: self._step(kind))
-        except RuntimeError as error:
-            self._failed.add(kind)
+            self.counts.captured += 1
+        except failures() as error:
+            self.counts.failed += 1
             what = "sampled rows" if kind.sampled else "rows"
             logger.warning(
-                "a step of %d %s cannot be captured as a CUDA graph and runs without: %s", kind.rows, what, error
-            )
+                "a step of %d %s cannot be captured as a CUDA graph; steps without a graph are launched operation by operation "
+                "from now on: %s", kind.rows, what, error,
+            )  # fmt: skip

@@ -4,10 +4,13 @@ On the meta device tensors have shapes and no values, so whatever would wait for
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -34,6 +37,34 @@ LAUNCHERS = (
 META = torch.device("meta")
 
 
+class _OnDevice(TorchDispatchMode):
+    """Refuses operations on tensors of the host: a copy to the device from memory that is not pinned waits for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        if any(t.device != META for t in given if isinstance(t, torch.Tensor)):
+            raise RuntimeError(f"{func} takes values of the host")
+        return result
+
+
+@contextmanager
+def captured() -> Iterator[None]:
+    """What a CUDA graph's capture would refuse is an error inside."""
+
+    def wait(*given: object, **options: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.MonkeyPatch.context() as patch, _OnDevice():
+        for holder in (torch.cuda, torch.cuda.Stream, torch.cuda.Event, torch.accelerator):
+            patch.setattr(holder, "synchronize", wait)
+        for name in ("cuda", "pin_memory", "new_tensor"):
+            patch.setattr(torch.Tensor, name, wait)
+        for name in ("tensor", "as_tensor", "asarray"):  # these copy below the reach of the mode
+            patch.setattr(torch, name, wait)
+        yield
+
+
 @pytest.fixture
 def loop(
     oracle: Callable[[str], Oracle], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -53,10 +84,17 @@ def loop(
     return DeviceLoop(decoder, decoder.new_cache(8), vocabulary, 16, 64, 4)
 
 
+def warm_up(loop: DeviceLoop) -> None:
+    """Makes what is made once, such as the table of rotations."""
+    with recording(*LAUNCHERS):
+        loop._step(StepKind(16))
+
+
 @pytest.mark.parametrize("loop", ["llama", "qwen2-some-windows", "qwen3", "gemma2"], indirect=True)
 @pytest.mark.parametrize("kind", [StepKind(16, False, 1), StepKind(64, True, 4)], ids=str)
 def test_a_step_is_kernels_on_shapes(loop: DeviceLoop, kind: StepKind) -> None:
-    with recording(*LAUNCHERS) as launches:
+    warm_up(loop)
+    with recording(*LAUNCHERS) as launches, captured():
         loop._step(kind)
     model = loop._model
     assert isinstance(model, Decoder)
@@ -91,7 +129,9 @@ def test_flash_attention_in_a_step(loop: DeviceLoop, monkeypatch: pytest.MonkeyP
     module = sys.modules["engine.kernels.paged_attention"]
     monkeypatch.setattr(module, "reason_against_flash", lambda q: None)
     monkeypatch.setattr(module, "flash_attention", flash_attention)
-    with recording(*LAUNCHERS) as launches:
+    warm_up(loop)
+    told.clear()
+    with recording(*LAUNCHERS) as launches, captured():
         loop._step(StepKind(16, False, 1))
     assert "attention_kernel" not in [launch.kernel.__name__ for launch in launches]
     assert len(told) == model.spec.layers
@@ -102,3 +142,28 @@ def test_flash_attention_in_a_step(loop: DeviceLoop, monkeypatch: pytest.MonkeyP
 def test_waiting_for_the_device_would_be_noticed(loop: DeviceLoop) -> None:
     with pytest.raises(RuntimeError, match="meta"):
         loop.state.fields.max().item()
+
+
+HOST = torch.ones(3)
+FAULTS: dict[str, Callable[[], object]] = {
+    "tensor": lambda: torch.tensor([1, 2], device=META),
+    "scalar": lambda: torch.tensor(0.5, device=META),
+    "to": lambda: HOST.to(META),
+    "copy": lambda: torch.empty(3, device=META).copy_(HOST),
+    "mixed": lambda: torch.empty(3, device=META) * HOST[0],
+    "cuda": lambda: HOST.cuda(),
+    "pinned": lambda: HOST.pin_memory(),
+    "wait": lambda: torch.cuda.synchronize(),
+    "accelerator": lambda: torch.accelerator.synchronize(),
+    "stream": lambda: torch.cuda.Stream.synchronize(None),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("loop", ["llama"], indirect=True)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_values_of_the_host_would_be_noticed(loop: DeviceLoop, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = loop._model.forward
+    warm_up(loop)
+    monkeypatch.setattr(loop._model, "forward", lambda *given: [FAULTS[fault](), forward(*given)][1])
+    with recording(*LAUNCHERS), captured(), pytest.raises(RuntimeError, match=r"of the host|not permitted"):
+        loop._step(StepKind(16))

@@ -1,6 +1,8 @@
 """Steps of the device loop that fail: whoever was inside begins anew with the host, and gets the answer it gets anyway."""
 
+import sys
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +55,29 @@ def alone(prompt: list[int], draft: list[int], **options: Any) -> tuple[object, 
     return outcome(sequence)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("injected"), torch.AcceleratorError("out of memory")])
+class OutOfResources(Exception):
+    """One of Triton's errors, which are no RuntimeError."""
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(TritonError=OutOfResources))
+
+
+def not_sticky(code: int) -> torch.AcceleratorError:
+    error = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+    error.error_code = code
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), RuntimeError("injected"), torch.AcceleratorError("out of memory"), not_sticky(900), not_sticky(908),
+        OutOfResources("out of resource: shared memory"),
+    ],
+    ids=repr,
+)  # fmt: skip
 @pytest.mark.parametrize("launch", [0, 1, 4])
 def test_a_step_that_fails_costs_nobody_the_answer(launch: int, error: Exception) -> None:
     """Those inside end with the host, as if they had never been elsewhere; those that come later are in the loop."""
@@ -86,7 +110,10 @@ def test_failures_change_no_answer(
     assert [outcome(s) for s in sequences] == [alone(p, d, **o) for p, d, o, _ in cases]
 
 
-@pytest.mark.parametrize(("error", "kind"), [(MemoryError(), OutOfMemory), (RuntimeError("injected"), EngineError)])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(MemoryError(), OutOfMemory), (RuntimeError("injected"), EngineError), (OutOfResources(), EngineError)],
+)
 @pytest.mark.parametrize("place", [0, 2, 5])
 def test_a_request_that_makes_every_step_fail_fails_alone(
     place: int, error: Exception, kind: type[EngineError]
@@ -135,8 +162,12 @@ def test_one_that_is_cancelled_after_a_failure_is_forgotten() -> None:
     assert outcome(kept) == alone([5, 6, 7] * 4, [], max_new_tokens=40)
 
 
-def test_a_device_that_is_lost_is_the_end_and_no_request_is_blamed() -> None:
-    scheduler = make(True, Fragile(at({3}), torch.AcceleratorError("an illegal memory access")))
+@pytest.mark.parametrize("code", [None, 700, 899, 909])
+def test_a_device_that_is_lost_is_the_end_and_no_request_is_blamed(code: int | None) -> None:
+    error = torch.AcceleratorError("an illegal memory access")
+    if code is not None:
+        error.error_code = code
+    scheduler = make(True, Fragile(at({3}), error))
     sequences = [start(prompt, [], max_new_tokens=40) for prompt in PROMPTS]
     with pytest.raises(EngineDead, match="illegal memory access"):
         run(scheduler, sequences)

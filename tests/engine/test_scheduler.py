@@ -308,6 +308,17 @@ def test_a_pass_that_cannot_get_smaller_ends_its_sequence() -> None:
     refiner.check_integrity()
 
 
+def test_an_error_of_a_streams_capture_is_one_of_the_pass() -> None:
+    """Of another thread's capture, say: CUDA says code 900 and goes on."""
+    error = torch.AcceleratorError("operation not permitted when stream is capturing")
+    error.error_code = 900
+    calls = iter(range(1000))
+    model, _ = failing(lambda batch: next(calls) == 1, lambda text: error)
+    refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
+    (result,) = refiner.refine([{"prompt_ids": [2, 3, 4]}], RefineOptions(max_new_tokens=20))
+    assert result.token_ids == sequential([2, 3, 4], 20, [])
+
+
 def test_a_failed_device_is_the_end_and_no_request_is_blamed() -> None:
     model, _ = failing(lambda batch: True, torch.AcceleratorError)
     refiner = Refiner(model, VOCABULARY, max_batch_tokens=16, kv_cache_tokens=640)
