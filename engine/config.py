@@ -164,7 +164,7 @@ def rotary_frequencies(parameters: dict[str, Any], head_dim: int) -> Tensor:
             f"config field 'rope_parameters' = {parameters} is not honoured: rope types default, linear and llama3 over the "
             "whole head are; load the model with backend='hf'"
         )
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     inv_freq = 1.0 / (parameters["rope_theta"] ** exponent)
     if kind == "linear":
         return inv_freq / parameters["factor"]

@@ -1,5 +1,7 @@
 """What goes into a slot of the device loop, and what comes back from it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ class Reading:
         if not tensor.is_cuda:
             self._values = tensor.clone()
             return
-        self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._values.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(tensor.device))
@@ -51,21 +53,26 @@ def fill(state: JacobiState, slot: int, sequence: JacobiSequence, pad: int) -> N
     """Writes a sequence that has not been moved yet into a slot, behind what was launched before and without waiting."""
     text, options, policy = [sequence.prompt[-1], *sequence.final, *sequence.guess], sequence.options, sequence.policy
     # behind the answer's last place nothing is read
-    answer = torch.full((2, options.max_new_tokens + 1), pad, dtype=torch.int32)
-    answer[0, : len(text)] = torch.tensor(text, dtype=torch.int32)
+    answer = torch.full((2, options.max_new_tokens + 1), pad, dtype=torch.int32, device="cpu")
+    answer[0, : len(text)] = _host(text, torch.int32)
     answer[1, : len(text) - 1] = answer[0, 1 : len(text)]
     places, pages = answer.shape[1], len(sequence.pages)
     rates = (policy.first.value, policy.first.weight, policy.run.value, policy.run.weight)
     for to, values in (
         (state.text[slot, :places], answer[0]),
         (state.draft[slot, :places], answer[1]),
-        (state.block_table[slot, :pages], torch.tensor(sequence.pages, dtype=torch.int32)),
-        (state.rates[slot], torch.tensor(rates)),
-        (state.temperature[slot], torch.tensor(options.temperature)),
-        (state.seeds[slot], torch.tensor(sequence.seed)),
-        (state.fields[slot], torch.tensor(_fields(sequence, len(text)), dtype=torch.int32)),
+        (state.block_table[slot, :pages], _host(sequence.pages, torch.int32)),
+        (state.rates[slot], _host(rates, torch.float32)),
+        (state.temperature[slot], _host(options.temperature, torch.float32)),
+        (state.seeds[slot], _host(sequence.seed, torch.int64)),
+        (state.fields[slot], _host(_fields(sequence, len(text)), torch.int32)),
     ):
         to.copy_(staged(values, to.device), non_blocking=True)
+
+
+def _host(values: float | Sequence[float], dtype: torch.dtype) -> Tensor:
+    """On the CPU, whatever the process has made the default."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _fields(sequence: JacobiSequence, places: int) -> list[int]:

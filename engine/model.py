@@ -94,8 +94,9 @@ class Decoder:
         self.max_positions = spec.max_positions
         self.device = embed.data.device
         self.compute_dtype = compute_dtype
-        self.embedding_scale = torch.tensor(spec.embedding_scale).to(embed.data.dtype).item()
-        self.rotation = torch.empty(0, spec.head_dim, device=self.device)
+        scale = torch.tensor(spec.embedding_scale, dtype=torch.float32, device="cpu")
+        self.embedding_scale = scale.to(embed.data.dtype).item()
+        self.rotation = torch.empty(0, spec.head_dim, dtype=torch.float32, device=self.device)
         # tables that graphs captured before may still read; together less than twice the one in use
         self._outgrown: list[Tensor] = []
 

@@ -62,9 +62,10 @@ class Refiner:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        cache = model.new_cache(pages_for(kv_cache_tokens))
         self._codec = TextCodec(tokenizer, vocabulary)
+        # before there is a cache, which may take what memory is left
         self._knee = knee_rows(model.device, model.head.weight.data.dtype)
+        cache = model.new_cache(pages_for(kv_cache_tokens))
         loop = choose_loop(model, cache, vocabulary, self._knee, max_batch_tokens, max_batch_size)
         self._scheduler: Scheduler | None = Scheduler(model, cache, max_batch_tokens, max_batch_size, loop)
         self._lock = threading.Lock()
@@ -92,7 +93,8 @@ class Refiner:
         if backend not in ("auto", "lean", "hf"):
             raise ValueError(f'backend must be "auto", "lean" or "hf", got {backend!r}')
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = _load_model(folder, config, _dtype(dtype), _device(device), backend, trust_remote_code)
+        with torch.device("cpu"):  # safetensors and transformers read into what the process has made the default device
+            model = _load_model(folder, config, _dtype(dtype), _device(device), backend, trust_remote_code)
         tokenizer = load_tokenizer(folder, trust_remote_code)
         return cls(
             model,
@@ -145,9 +147,9 @@ class Refiner:
     def close(self) -> None:
         """Frees weights and cache; calls and streams that are still open raise EngineDead. May be called again."""
         with self._lock:
-            if self._scheduler is not None:
-                self._scheduler.close()
-            self._scheduler = None
+            scheduler, self._scheduler = self._scheduler, None
+            if scheduler is not None:
+                scheduler.close()
 
     def __enter__(self) -> "Refiner":
         return self

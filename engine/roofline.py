@@ -28,7 +28,8 @@ class Roofline:
 def measured(device: torch.device, dtype: torch.dtype, copied: int = 1 << 28, size: int = 4096) -> Roofline:
     """By a copy of ``copied`` bytes and a product of two [size, size] matrices of ``dtype``; the best of a few rounds.
 
-    Takes some milliseconds on a GPU, and ``2 * copied`` bytes of its memory meanwhile.
+    Takes some milliseconds on a GPU, and the larger of ``2 * copied`` bytes and three matrices of its memory, which stays
+    in PyTorch's cache.
     """
     return Roofline(2 * copied / _copy_seconds(device, copied), 2 * size**3 / _product_seconds(device, dtype, size))
 
@@ -40,7 +41,9 @@ def _copy_seconds(device: torch.device, count: int) -> float:
 
 
 def _product_seconds(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a, b = (torch.zeros(size, size, dtype=dtype, device=device).normal_() for _ in range(2))
+    # of its own: another draw from the default one would change what the process that embeds the engine samples
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.zeros(size, size, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
     return _seconds(lambda: a @ b, device)
 
 
@@ -59,5 +62,5 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         for event in events[1:]:
             call()
             event.record()
-        torch.cuda.synchronize()
+    events[-1].synchronize()  # not the whole device, which may be capturing a graph elsewhere
     return min(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3

@@ -20,7 +20,7 @@ def sample(hidden: Tensor, head: Head, seeds: Tensor, positions: Tensor, tempera
     ``positions`` [rows] int64 are response positions. Logits are made for a bounded number of rows at a time.
     """
     if top_p == 1 or temperature == 0:
-        temperatures = torch.full(seeds.shape, temperature, device=hidden.device)
+        temperatures = torch.full(seeds.shape, temperature, dtype=torch.float32, device=hidden.device)
         return linear_sample(
             hidden, head.weight, head.bias, temperature=temperatures, seeds=seeds, positions=positions,
             softcap=head.softcap,

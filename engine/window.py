@@ -1,5 +1,6 @@
 """How many rows a sequence feeds per step: as many as are expected to pay for themselves."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -7,10 +8,15 @@ import torch
 from engine.kernels.jacobi_state import DECAY, MOST_GUESSES
 from engine.roofline import Roofline, measured
 
+logger = logging.getLogger("engine.window")
+
 CPU_KNEE_ROWS = 11
 """Of two server cores in float32, see bench/suite/kernels.py."""
 KNEE_LIMITS = (16, 1024)
 """What a measurement on a GPU can make of it: one taken beside other work may be far off."""
+A100_CEILINGS = {2: Roofline(2.04e12, 312e12), 4: Roofline(2.04e12, 19.5e12)}
+"""By bytes per weight, from its data sheet: for a GPU that has no memory left to measure with. Newer chips have gained more in
+arithmetic than in bandwidth, so this knee is rather too low than too high; it is rows beyond the real one that cost."""
 
 
 def knee_rows(device: torch.device, dtype: torch.dtype) -> int:
@@ -20,7 +26,12 @@ def knee_rows(device: torch.device, dtype: torch.dtype) -> int:
     """
     if device.type != "cuda":
         return CPU_KNEE_ROWS
-    return bounded_knee(measured(device, dtype), dtype)
+    try:
+        ceilings = measured(device, dtype)
+    except torch.OutOfMemoryError:
+        ceilings = A100_CEILINGS[dtype.itemsize]
+        logger.warning("no memory is left to measure %s with: taking an A100's ceilings for its own", device)
+    return bounded_knee(ceilings, dtype)
 
 
 def bounded_knee(roofline: Roofline, dtype: torch.dtype) -> int:
