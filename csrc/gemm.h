@@ -1,8 +1,7 @@
 // y = x W^T over packed weights. Every output is one chain of multiply-adds over k (fused where the processor can), cut into
-// blocks of kBlockK that are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch.
+// blocks of `chain` k that are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch.
 
 constexpr int kRows = MAX_ROWS;      // rows of one register tile
-constexpr int64_t kBlockK = 384;     // 48 KB of a panel, 18 KB of a tile of x: between the L1 and the L2 cache
 constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one: 264 or 132
 
 using Pair = uint32_t;  // two bfloat16, the first in the lower half
@@ -173,11 +172,11 @@ static void group_rows(const LinearArgs& a, Pair* out, int64_t first_tile, int64
 
 // c[panel][0:m, 0:32] = rows [row0, row0 + m) times panels that follow each other
 template <class A, class T>
-static void panel_product(const Rows<A>& x, int64_t row0, int64_t m, const T* weight, int64_t panels, float* c) {
+static void panel_product(const Rows<A>& x, int64_t row0, int64_t m, const T* weight, int64_t panels, int64_t chain, float* c) {
   const int64_t tiles = (m + kRows - 1) / kRows;
   const Columns from{kPanel, panel_size<T>(x.k) / kSideBySide<T>}, to{kPanel, m * kPanel};
-  for (int64_t k0 = 0; k0 < x.k; k0 += kBlockK) {
-    const int64_t len = std::min(kBlockK, x.k - k0);
+  for (int64_t k0 = 0; k0 < x.k; k0 += chain) {
+    const int64_t len = std::min(chain, x.k - k0);
     const char* next = reinterpret_cast<const char*>(weight + (k0 + len) * kPanel);
     const int64_t share = tiles > 1 && panels == 1 ? len * kPanel * (int64_t)sizeof(T) / tiles : 0;
     for (int64_t r = 0; r < m; r += kRows) {
@@ -222,7 +221,7 @@ static void for_each_block(const LinearArgs& a, const Use& use) {
     for (int64_t i = first, count; i < last; i += count) {
       const int64_t row0 = i / panels * kBlockM, p = i % panels, rows = std::min(kBlockM, a.m - row0);
       count = std::min({together, last - i, panels - p});
-      panel_product(x, row0, rows, static_cast<const T*>(a.weight) + p * panel_size<T>(a.k), count, values);
+      panel_product(x, row0, rows, static_cast<const T*>(a.weight) + p * panel_size<T>(a.k), count, a.chain, values);
       for (int64_t j = 0; j < count; ++j) use(row0, rows, p + j, values + j * rows * kPanel, rank);
     }
   }

@@ -16,6 +16,8 @@ template <class T>
 constexpr int64_t panel_size(int64_t k) {
   return (k + kSideBySide<T> - 1) / kSideBySide<T> * kSideBySide<T> * kPanel;
 }
+// Products that are added up in a row: 48 KB of a panel of floats, 18 KB of a tile of x, between the L1 and the L2 cache.
+constexpr int64_t kChain = 384;
 // Positions in one page of the KV cache; equal to the panel width, because a page of K is a panel: [head_dim][32].
 constexpr int64_t kPage = 32;
 
@@ -30,6 +32,7 @@ struct LinearArgs {
   int64_t x_row, x_k;  // from one row of x to the next, from one k to the next
   int64_t y_row;
   bool accumulate;     // y +=, without a bias
+  int64_t chain;       // even; shorter ones round less
   WeightType weight_type;
   int threads;
 };
@@ -160,8 +163,8 @@ const Kernels* kernels_avx512_bf16();
 
 // Layout changes; not worth a variant per instruction set.
 void pack_weight(const void* source, void* packed, int64_t rows, int64_t k, int64_t row_offset, WeightType type, int threads);
-// [k, n] bfloat16 -> the packed layout of its transpose
-void pack_transposed(const uint16_t* source, uint16_t* packed, int64_t k, int64_t n, int threads);
+// [k, n] -> the packed layout of its transpose
+void pack_transposed(const void* source, void* packed, int64_t k, int64_t n, WeightType type, int threads);
 void embed(const int64_t* ids, const void* packed, float* out, int64_t count, int64_t k, float scale, WeightType type);
 
 }  // namespace diffpo

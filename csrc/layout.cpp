@@ -38,7 +38,7 @@ void pack(const uint16_t* source, uint16_t* packed, int64_t rows, int64_t k, int
         const uint16_t* s = source + (row - row_offset) * k + i;
         uint16_t* out = panel + place<uint16_t>(row % kPanel, i);
         for (int64_t j = 0; j < pairs; ++j) std::memcpy(out + j * 2 * kPanel, s + 2 * j, 2 * sizeof *s);
-        if (i + 2 * pairs + 1 == k) out[pairs * 2 * kPanel] = s[2 * pairs];
+        if (i + 2 * pairs + 1 == k) out[pairs * 2 * kPanel] = s[2 * pairs], out[pairs * 2 * kPanel + 1] = 0;
       }
     }
   }
@@ -62,7 +62,18 @@ void gather(const int64_t* ids, const T* packed, float* out, int64_t count, int6
 inline uint32_t interleaved(const uint16_t* first, const uint16_t* second) { return *first | (uint32_t)*second << 16; }
 }  // namespace
 
-void pack_transposed(const uint16_t* source, uint16_t* packed, int64_t k, int64_t n, int threads) {
+static void pack_transposed(const float* source, float* packed, int64_t k, int64_t n, int threads) {
+  (void)threads;
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t columns = std::min(kPanel, n - p * kPanel);
+    float* out = packed + p * panel_size<float>(k);
+    for (int64_t i = 0; i < k; ++i, out += kPanel) std::memcpy(out, source + i * n + p * kPanel, columns * sizeof *out);
+  }
+}
+
+static void pack_transposed(const uint16_t* source, uint16_t* packed, int64_t k, int64_t n, int threads) {
   (void)threads;
   const int64_t panels = (n + kPanel - 1) / kPanel;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -79,6 +90,13 @@ void pack_transposed(const uint16_t* source, uint16_t* packed, int64_t k, int64_
       std::memcpy(out, pairs, sizeof pairs);
     }
   }
+}
+
+void pack_transposed(const void* source, void* packed, int64_t k, int64_t n, WeightType type, int threads) {
+  if (type == WeightType::kFloat32)
+    pack_transposed(static_cast<const float*>(source), static_cast<float*>(packed), k, n, threads);
+  else
+    pack_transposed(static_cast<const uint16_t*>(source), static_cast<uint16_t*>(packed), k, n, threads);
 }
 
 void pack_weight(const void* source, void* packed, int64_t rows, int64_t k, int64_t row_offset, WeightType type,

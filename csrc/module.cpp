@@ -72,11 +72,19 @@ PyObject* py_kernels(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return Py_BuildValue("(Ns)", PyLong_FromVoidPtr(const_cast<Kernels*>(k)), k->name);
 }
 
+PyObject* py_made_by_intel(PyObject*, PyObject* const*, Py_ssize_t) {
+#if defined(__x86_64__)
+  return PyBool_FromLong(__builtin_cpu_is("intel"));
+#else
+  Py_RETURN_FALSE;
+#endif
+}
+
 LinearArgs read_linear(Reader& r) {
   LinearArgs a;
   a.x = r.pointer<float>(), a.weight = r.pointer<void>(), a.bias = r.pointer<float>(), a.y = r.pointer<float>();
   a.m = r.integer(), a.n = r.integer(), a.k = r.integer();
-  a.x_row = a.k, a.x_k = 1, a.y_row = a.n, a.accumulate = false;
+  a.x_row = a.k, a.x_k = 1, a.y_row = a.n, a.accumulate = false, a.chain = kChain;
   a.weight_type = static_cast<WeightType>(r.integer()), a.threads = static_cast<int>(r.integer());
   return a;
 }
@@ -90,13 +98,13 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // y (+)= x weight, where x and y lie in part of larger matrices or x is the transpose of what lies in memory
 PyObject* py_product(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 12);
+  Reader r(args, count, 14);
   const Kernels* k = r.kernels();
   LinearArgs a{};
   a.x = r.pointer<float>(), a.weight = r.pointer<void>(), a.y = r.pointer<float>();
   a.m = r.integer(), a.n = r.integer(), a.k = r.integer();
-  a.x_row = r.integer(), a.x_k = r.integer(), a.y_row = r.integer(), a.accumulate = r.integer() != 0;
-  a.weight_type = WeightType::kBFloat16, a.threads = static_cast<int>(r.integer());
+  a.x_row = r.integer(), a.x_k = r.integer(), a.y_row = r.integer(), a.accumulate = r.integer() != 0, a.chain = r.integer();
+  a.weight_type = static_cast<WeightType>(r.integer()), a.threads = static_cast<int>(r.integer());
   return run(r, [&] { k->linear(a); });
 }
 
@@ -232,12 +240,13 @@ PyObject* py_pack_weight(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* py_pack_transposed(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Reader r(args, count, 5);
-  const uint16_t* source = r.pointer<uint16_t>();
-  uint16_t* packed = r.pointer<uint16_t>();
+  Reader r(args, count, 6);
+  const void* source = r.pointer<void>();
+  void* packed = r.pointer<void>();
   const int64_t k = r.integer(), n = r.integer();
+  const auto type = static_cast<WeightType>(r.integer());
   const int threads = static_cast<int>(r.integer());
-  return run(r, [&] { pack_transposed(source, packed, k, n, threads); });
+  return run(r, [&] { pack_transposed(source, packed, k, n, type, threads); });
 }
 
 PyObject* py_embed(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -255,7 +264,7 @@ PyObject* py_embed(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {DIFFPO_METHOD(kernels),       DIFFPO_METHOD(linear),   DIFFPO_METHOD(linear_argmax),
                          DIFFPO_METHOD(attention),     DIFFPO_METHOD(rope_kv_write), DIFFPO_METHOD(rms_norm),
                          DIFFPO_METHOD(gated_activation), DIFFPO_METHOD(pack_weight), DIFFPO_METHOD(pack_transposed),
-                         DIFFPO_METHOD(embed),         DIFFPO_METHOD(product),
+                         DIFFPO_METHOD(embed),         DIFFPO_METHOD(product),     DIFFPO_METHOD(made_by_intel),
                          DIFFPO_METHOD(loss_statistics), DIFFPO_METHOD(loss_gradient),
                          DIFFPO_METHOD(loss_filter),   DIFFPO_METHOD(loss_sparse_hidden), DIFFPO_METHOD(loss_sparse_head),
                          {nullptr, nullptr, 0, nullptr}};

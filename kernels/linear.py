@@ -10,7 +10,12 @@ from engine.kernels.native import Impl, address, choose, is_native_index, is_nat
 
 PANEL = 32  # output columns side by side in the packed layout; kPanel in csrc/kernels.h
 CPU_ROW_MULTIPLE = 16  # see _reference
-_WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # WeightType in csrc/kernels.h
+
+
+def panel_shape(columns: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of 32 rows of a packed weight; those of 16 bits lie in pairs of columns, the last one filled up with zeros."""
+    return (columns, PANEL) if dtype is torch.float32 else (-(-columns // 2), PANEL, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +34,9 @@ class LinearWeight:
     @classmethod
     def allocate(cls, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> "LinearWeight":
         """Storage for a matrix that ``write`` fills piece by piece; packed where the C++ kernel will read it."""
-        packed = device.type == "cpu" and dtype in _WEIGHT_TYPES and native() is not None
+        packed = device.type == "cpu" and dtype in WEIGHT_TYPES and native() is not None
         if packed:
-            panel = (columns, PANEL) if dtype is torch.float32 else (-(-columns // 2), PANEL, 2)
-            data = torch.zeros(-(-rows // PANEL), *panel, dtype=dtype, device=device)
+            data = torch.zeros(-(-rows // PANEL), *panel_shape(columns, dtype), dtype=dtype, device=device)
         else:
             data = torch.empty(rows, columns, dtype=dtype, device=device)
         return cls(data, rows, columns, packed)
@@ -56,7 +60,7 @@ class LinearWeight:
         library = native()
         assert library is not None
         source = matrix.detach().to(self.data).contiguous()
-        kind, threads = _WEIGHT_TYPES[self.data.dtype], library.threads
+        kind, threads = WEIGHT_TYPES[self.data.dtype], library.threads
         library.module.pack_weight(
             source.data_ptr(), self.data.data_ptr(), source.shape[0], self.columns, first_row, kind, threads
         )
@@ -87,7 +91,7 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None, *, impl:
     y = new_output(m, n)
     library.module.linear(
         library.table, x.data_ptr(), weight.data.data_ptr(), address(bias), y.data_ptr(), m, n, weight.columns,
-        _WEIGHT_TYPES[weight.data.dtype], library.threads,
+        WEIGHT_TYPES[weight.data.dtype], library.threads,
     )  # fmt: skip
     return y
 
@@ -118,6 +122,6 @@ def embedding(ids: Tensor, weight: LinearWeight, scale: float = 1.0, *, impl: Im
     out = new_output(ids.shape[0], weight.columns)
     library.module.embed(
         ids.data_ptr(), weight.data.data_ptr(), out.data_ptr(), ids.shape[0], weight.columns, scale,
-        _WEIGHT_TYPES[weight.data.dtype],
+        WEIGHT_TYPES[weight.data.dtype],
     )  # fmt: skip
     return out

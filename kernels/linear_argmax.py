@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.linear import _WEIGHT_TYPES, LinearWeight, linear
+from engine.kernels.linear import WEIGHT_TYPES, LinearWeight, linear
 from engine.kernels.native import Impl, address, choose, new_output
 from engine.kernels.softcap import check_softcap
 from engine.kernels.triton_choice import choose_triton
@@ -46,7 +46,7 @@ def linear_argmax(
         index, value = new_output(m, dtype=torch.int64), new_output(m)
         library.module.linear_argmax(
             library.table, hidden.data_ptr(), weight.data.data_ptr(), address(bias), 0, m, weight.rows, weight.columns,
-            _WEIGHT_TYPES[weight.data.dtype], library.threads, softcap or 0.0, index.data_ptr(), value.data_ptr(),
+            WEIGHT_TYPES[weight.data.dtype], library.threads, softcap or 0.0, index.data_ptr(), value.data_ptr(),
         )  # fmt: skip
     if row_count is not None:
         unused = torch.arange(hidden.shape[0], device=hidden.device) >= row_count

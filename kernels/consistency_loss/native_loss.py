@@ -19,8 +19,7 @@ from engine.kernels.consistency_loss.native_rows import Group, Results, blocks, 
 from engine.kernels.consistency_loss.problem import Needs, Outcome, Problem
 from engine.kernels.native import Native, address, native, new_output
 
-BLOCK = 2048  # vocabulary rows of one product
-ROUNDED_BLOCK = 1024  # the same where all rows make one group: smaller blocks leave room for logits
+BLOCK = 1024  # vocabulary rows of one product: larger ones were no faster, and take room from logits
 KEPT_BYTES = 1.4  # for each row and entry of the vocabulary: logits of a group of rows outside the head's gradient
 WORK_BYTES = 1.6  # everything, where all rows make one group; eager PyTorch holds 12 to 13 beyond the gradients
 FEW_ROWS = 96  # are not divided further
@@ -88,7 +87,7 @@ class _Workspace:
         """``sizes``: rows of the groups."""
         v, d = p.weight.shape
         rounded = _one_group(p, needs)
-        block = min(ROUNDED_BLOCK if rounded else BLOCK, v)
+        block = min(BLOCK, v)
         rows, slots = max(sizes, default=0), _slot_rows(p, needs)
         kept = max([0, *(size - (0 if number else slots) for number, size in enumerate(sizes))])
         if rounded:

@@ -1,19 +1,20 @@
 """The three products of the consistency loss on a CPU: logits = h W^T, dh = G W, dW = G^T h, a block of W's rows at a time.
 
-By PyTorch's BLAS in float32; bfloat16 on a processor that multiplies it, by the C++ kernels with float32 sums. There hidden
-states and head are multiplied as they came, so that logits lose nothing, and G is rounded after the subtraction in it.
+In float32, by PyTorch's BLAS or the C++ kernels, whichever is faster; bfloat16 on a processor that multiplies it by the C++
+kernels with float32 sums. There hidden states and head are multiplied as they came, so that logits lose nothing, and G is
+rounded after the subtraction in it.
 """
 
-from typing import Protocol
+import math
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from engine.kernels.linear import PANEL
+from engine.kernels.linear import PANEL, WEIGHT_TYPES, panel_shape
 from engine.kernels.native import Native, new_output
 
-_BFLOAT16 = 1  # WeightType in csrc/kernels.h
-DEPTH = 128  # products a BLAS adds up in a row: chains of its own choice lose up to a factor 1.6 in the logits and gain no time
+DEPTH = 128  # products that are added up in a row: the longer chains of others lose up to a factor 1.6 and gain no time
 
 
 class Products(Protocol):
@@ -34,22 +35,30 @@ class Products(Protocol):
 
 def products(hidden: Tensor, dtype: torch.dtype, block: int, library: Native) -> Products:
     """``hidden``: the group's, float32; ``dtype``: the problem's; ``block``: rows of the head at most."""
-    return (PairProducts if in_pairs(dtype, library) else BlasProducts)(hidden, block, library)
+    by = native_type(dtype, library)
+    return BlasProducts(hidden, block) if by is None else NativeProducts(hidden, by, block, library)
 
 
-def in_pairs(dtype: torch.dtype, library: Native) -> bool:
-    return dtype is torch.bfloat16 and library.multiplies_bfloat16
+def native_type(dtype: torch.dtype, library: Native) -> torch.dtype | None:
+    """What the C++ kernels multiply of a problem of ``dtype``; None where a BLAS is the faster one.
+
+    On Intel's processors float32 is best left to MKL. On others it does not use AVX-512.
+    """
+    if dtype is torch.bfloat16 and library.multiplies_bfloat16:
+        return torch.bfloat16
+    return torch.float32 if library.outruns_blas else None
 
 
 def held_bytes(dtype: torch.dtype, rows: int, block: int, d: int, library: Native) -> int:
     """What products with all gradients hold at most, hidden states aside."""
-    if in_pairs(dtype, library):
-        return 8 * block * d + 2 * rows * (d + max(d, block))  # the C++ kernel regroups the rows that it multiplies
+    by = native_type(dtype, library)
+    if by is not None:  # regrouped rows too, of one product at a time
+        return 4 * block * d + by.itemsize * (block * d + rows * (d + max(d, block)))
     return 0 if dtype is torch.float32 else 8 * block * d
 
 
 class BlasProducts:
-    def __init__(self, hidden: Tensor, block: int, library: Native) -> None:
+    def __init__(self, hidden: Tensor, block: int) -> None:
         self._hidden = hidden
         # memory that nothing is written to costs nothing
         self._converted, self._unrounded = (new_output(block, hidden.shape[1]) for _ in range(2))
@@ -83,60 +92,62 @@ class BlasProducts:
         return self._head
 
 
-class PairProducts:
-    """Each product wants its second operand packed in pairs of what it adds up over: d, rows of the head, rows of the group."""
+class NativeProducts:
+    """By the C++ kernels, in float32 or bfloat16 with float32 sums.
 
-    def __init__(self, hidden: Tensor, block: int, library: Native) -> None:
-        (rows, d), self._library = hidden.shape, library
-        self._hidden, self._given = hidden, hidden[:0]
-        self._along_d = _packed(block, d)
-        self._along_head = _packed(d, block)
-        self._along_rows = _packed(d, rows)
+    Each product wants its second operand packed along what it adds up over: the head along d for the logits, along its rows
+    for dh, hidden states along theirs.
+    """
+
+    def __init__(self, hidden: Tensor, dtype: torch.dtype, block: int, library: Native) -> None:
+        rows, d = hidden.shape
+        self._hidden, self._given, self._dtype, self._library = hidden, hidden[:0], dtype, library
+        # memory that nothing is written to costs nothing
+        self._packed_head = new_output(max(packed_size(block, d, dtype), packed_size(d, block, dtype)), dtype=dtype)
+        self._packed_hidden = new_output(packed_size(d, rows, dtype), dtype=dtype)
         self._unrounded = new_output(block, d)
-        self._ready: set[str] = set()
+        self._head_is: Literal["as given", "along d", "along its rows"] = "as given"
+        self._hidden_is_packed = False
 
     def take(self, head: Tensor) -> None:
-        self._given = head.contiguous()
-        self._ready -= {"logits", "hidden"}
+        self._given, self._head_is = head.to(self._dtype).contiguous(), "as given"
 
     def logits(self, rows: slice, out: Tensor) -> None:
-        count, d = self._given.shape
-        if self._missing("logits"):
-            self._library.module.pack_weight(
-                self._given.data_ptr(), self._along_d.data_ptr(), count, d, 0, _BFLOAT16, self._library.threads
-            )
-        self._multiply(self._hidden[rows], self._along_d, out, accumulate=False)
+        if self._head_is != "along d":
+            self._pack(self._given, self._packed_head, 0)
+            self._head_is = "along d"
+        self._multiply(self._hidden[rows], self._packed_head, out, accumulate=False)
 
     def add_to_hidden(self, gradient: Tensor, out: Tensor) -> None:
-        if self._missing("hidden"):
-            self._pack_transposed(self._given, self._along_head)
-        self._multiply(gradient, self._along_head, out, accumulate=True)
+        if self._head_is != "along its rows":
+            self._pack(self._given, self._packed_head)
+            self._head_is = "along its rows"
+        self._multiply(gradient, self._packed_head, out, accumulate=True)
 
     def head_gradient(self, gradient: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        if self._missing("head"):
-            self._pack_transposed(self._hidden.bfloat16(), self._along_rows)
-        exact = self._unrounded[: len(out)]
-        self._multiply(gradient.T, self._along_rows, exact, accumulate=False)
-        out.copy_(exact)
+        if not self._hidden_is_packed:
+            self._pack(self._hidden.to(self._dtype), self._packed_hidden)
+            self._hidden_is_packed = True
+        exact = out if out.dtype is torch.float32 else self._unrounded[: len(out)]
+        self._multiply(gradient.T, self._packed_hidden, exact, accumulate=accumulate)
+        if exact is not out:
+            out.copy_(exact)
 
-    def _missing(self, name: str) -> bool:
-        missing = name not in self._ready
-        self._ready.add(name)
-        return missing
-
-    def _pack_transposed(self, matrix: Tensor, packed: Tensor) -> None:
-        arguments = (matrix.data_ptr(), packed.data_ptr(), *matrix.shape, self._library.threads)
-        self._library.module.pack_transposed(*arguments)
+    def _pack(self, matrix: Tensor, packed: Tensor, *first_row: int) -> None:
+        """As rows from ``first_row`` on, or where that is left out as columns."""
+        pack = self._library.module.pack_weight if first_row else self._library.module.pack_transposed
+        pointers, kind = (matrix.data_ptr(), packed.data_ptr()), WEIGHT_TYPES[self._dtype]
+        pack(*pointers, *matrix.shape, *first_row, kind, self._library.threads)
 
     def _multiply(self, x: Tensor, packed: Tensor, out: Tensor, *, accumulate: bool) -> None:
         """out [m, n] (+)= x [m, k] times what was packed."""
         (m, k), n, library = x.shape, out.shape[1], self._library
         library.module.product(
             library.table, x.data_ptr(), packed.data_ptr(), out.data_ptr(), m, n, k, *x.stride(), out.stride(0), accumulate,
-            library.threads,
+            DEPTH, WEIGHT_TYPES[self._dtype], library.threads,
         )  # fmt: skip
 
 
-def _packed(rows: int, columns: int) -> Tensor:
-    """Memory for a weight; zero where an odd number of columns leaves a pair incomplete."""
-    return torch.zeros(-(-rows // PANEL), -(-columns // 2), PANEL, 2, dtype=torch.bfloat16, device="cpu")
+def packed_size(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Elements of a packed weight; nothing needs to be in them before."""
+    return -(-rows // PANEL) * math.prod(panel_shape(columns, dtype))

@@ -19,8 +19,8 @@ ARGUMENTS = {
     "gated_activation": 7,
     "pack_weight": 7,
     "embed": 7,
-    "product": 12,
-    "pack_transposed": 5,
+    "product": 14,
+    "pack_transposed": 6,
 }
 
 

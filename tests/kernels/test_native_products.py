@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.consistency_loss.native_products import DEPTH, PairProducts, products
-from engine.kernels.native import native
+from engine.kernels.consistency_loss.native_products import DEPTH, NativeProducts, products
+from engine.kernels.native import Native, native
 from tests.kernels import references
 from tests.kernels.references import assert_accurate, multiplied, randn
 
@@ -20,15 +20,23 @@ def accurate(actual: Tensor, x: Tensor, matrix: Tensor, start: Tensor | None = N
     assert_accurate(actual, exact, plain, references.linear(x.abs(), matrix.abs()) + start.abs())
 
 
+@pytest.fixture(params=[False, True], ids=["", "outruns"])
+def library(request: pytest.FixtureRequest, instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> Native:
+    """Both choices of float32 products, whoever made the processor."""
+    monkeypatch.setattr(Native, "outruns_blas", property(lambda self: request.param))
+    found = native()
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("rows", "d", "count"), SHAPES)
-def test_products(rows: int, d: int, count: int, dtype: torch.dtype, instruction_set: str) -> None:
+def test_products(rows: int, d: int, count: int, dtype: torch.dtype, instruction_set: str, library: Native) -> None:
     """Blocks of the head one after the other, the last one smaller; outputs and gradients are parts of larger matrices."""
-    library = native()
-    assert library is not None
     hidden, head = randn(0, rows, d, dtype=dtype).float(), randn(1, 2 * count - 1, d, dtype=dtype)
     work = products(hidden, dtype, count, library)
-    assert isinstance(work, PairProducts) == (dtype is torch.bfloat16 and instruction_set == "avx512_bf16")
+    expected = library.outruns_blas or (dtype is torch.bfloat16 and instruction_set == "avx512_bf16")
+    assert isinstance(work, NativeProducts) == expected
     logits = torch.full((rows, len(head)), torch.nan)
     for block in (slice(0, count), slice(count, 2 * count - 1)):
         part = head[block].float()
@@ -58,13 +66,11 @@ def test_products(rows: int, d: int, count: int, dtype: torch.dtype, instruction
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_row_of_logits_has_the_same_bits_beside_any_others(dtype: torch.dtype, instruction_set: str) -> None:
-    library = native()
-    assert library is not None
-    if not library.multiplies_bfloat16 or dtype is not torch.bfloat16:
-        pytest.skip("a BLAS promises nothing of the kind")
+def test_a_row_of_logits_has_the_same_bits_beside_any_others(dtype: torch.dtype, library: Native) -> None:
     hidden, head = randn(0, 60, 385, dtype=dtype).float(), randn(1, 100, 385, dtype=dtype)
     work = products(hidden, dtype, 100, library)
+    if not isinstance(work, NativeProducts):
+        pytest.skip("a BLAS promises nothing of the kind")
     work.take(head)
     together, alone = torch.empty(60, 100), torch.empty(60, 100)
     work.logits(slice(None), together)
