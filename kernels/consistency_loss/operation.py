@@ -78,11 +78,13 @@ def consistency_loss(
     could be left out, as before training, or without an implementation of it, so is this one. The gradients are taken in
     the forward pass and kept until the backward; without gradients to take there is only the loss.
 
-    On a GPU, products of float32 inputs are PyTorch's and follow ``torch.set_float32_matmul_precision``, as those of its own
-    layers do. "high" keeps 10 bits of every factor: inputs rounded so put the cross entropy off by 5e-5, a target's
-    gradient by 2e-4 and a draft's by 1e-3 to 3e-2, most where it nearly agrees with its teacher (computed on a CPU). Only
-    "highest", the default, has float32's accuracy. ``plan="auto"`` takes "dense" or, where memory is short, "recompute";
-    while a CUDA graph is captured always "dense": name the plan where one is, so that the warm-up runs the same.
+    In bfloat16 on a CPU that multiplies it, dL/dlogits is rounded to bfloat16 where it is multiplied: 1e-3 to 1.6e-3 of a
+    gradient's norm on random inputs, as much as the gradient's own rounding. On a GPU, products of float32 inputs are
+    PyTorch's and follow ``torch.set_float32_matmul_precision``, as those of its own layers do. "high" keeps 10 bits of
+    every factor: inputs rounded so put the cross entropy off by 5e-5, a target's gradient by 2e-4 and a draft's by 1e-3
+    to 3e-2, most where it nearly agrees with its teacher (computed on a CPU). Only "highest", the default, has float32's
+    accuracy. ``plan="auto"`` takes "dense" or, where memory is short, "recompute"; while a CUDA graph is captured always
+    "dense": name the plan where one is, so that the warm-up runs the same.
     """
     check_tensors(target_hidden, draft_hidden, lm_head_weight, labels, pair_index)
     check_optional_tensors(target_hidden, draft_hidden, lm_head_weight, bias, label_weights, pair_weights)
