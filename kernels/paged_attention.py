@@ -81,7 +81,7 @@ def paged_attention(
         most = block_table.shape[1] * PAGE_SIZE
         return flash_attention(q, k_cache, v_cache, row_start, flash, heads, scale, softcap, window, longest or most)
     assert impl != "flash"
-    if choose_triton(impl, q, _fits_triton(*tensors, heads, scale, softcap, layout), TRITON_REQUIREMENT):
+    if choose_triton(impl, q, _fits_triton(*tensors, heads, scale, layout), TRITON_REQUIREMENT):
         from engine.kernels.gpu import paged_attention as gpu
 
         with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -164,7 +164,7 @@ def _choose_flash(
         and k_cache.shape[-1] % 8 == 0
         and flash.key_starts.shape == row_start.shape
         and flash.block_table.shape[0] == sequences
-        and _fits_triton(q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, None, layout)
+        and _fits_triton(q, k_cache, v_cache, block_table, row_start, first_position, heads, scale, layout)
     )
     if reason is None and not fits:
         reason = f"it needs {FLASH_REQUIREMENT}"
@@ -175,7 +175,7 @@ def _choose_flash(
 
 def _fits_triton(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row_start: Tensor, first_position: Tensor,
-    heads: int, scale: float, softcap: float | None, layout: KVLayout,
+    heads: int, scale: float, layout: KVLayout,
 ) -> bool:  # fmt: skip
     """Whether the inputs are what TRITON_REQUIREMENT says."""
     if layout != "nhd" or k_cache.dim() != 4 or q.dim() != 2 or block_table.dim() != 2:
@@ -196,7 +196,6 @@ def _fits_triton(
         and row_start.shape == (block_table.shape[0] + 1,)
         and first_position.shape == block_table.shape[:1]
         and scale > 0
-        and (not softcap or softcap > 0)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in floats))
     )
 
