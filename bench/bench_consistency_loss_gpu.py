@@ -3,7 +3,8 @@
     python -m bench.bench_consistency_loss_gpu [--rows 8192] [--rounds 7] [--seconds 300] [--states FILE] [--dry-run]
 
 Time and memory of loss and gradients of both hidden streams and W, bf16, the variants in turn in every round; every
-figure beside six units of matrix product measured in the same run. ``--states``: a safetensors file with target and draft
+figure beside six units of matrix product measured in the same run. Then their gradients beside float64; exit status 1 if one of
+ours fails, or its gradients are further off than is right. ``--states``: a safetensors file with target and draft
 [n, d], weight [v, d] and labels [n] of a trained model, measured like the random inputs: they are what the sparse plan
 is for, which leaves nothing out of random ones. ``--dry-run``: the same code on tiny shapes on a CPU
 (with TRITON_INTERPRET=1 the Triton plans too). bench/gpu.sh runs it after the tests.
@@ -11,8 +12,10 @@ is for, which leaves nothing out of random ones. ``--dry-run``: the same code on
 
 import argparse
 import json
+import logging
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +25,9 @@ from typing import Any
 import torch
 
 from bench.consistency_loss_inputs import OMEGA, Inputs, load, make, plain_loss
-from bench.measure import RESULTS, machine
+from bench.gpu.dry_run import prepare
+from bench.gpu.restart import DeviceLost, lost, start_over
+from bench.measure import RESULTS, machine, written
 from engine.kernels.consistency_loss import consistency_loss
 from engine.kernels.consistency_loss.problem import Needs
 
@@ -30,7 +35,15 @@ SHAPES = {"gemma-2-9b": (256000, 3584, 30.0), "llama-3-8b": (128256, 4096, None)
 TINY = {"tiny": (300, 32, 30.0)}
 DISTANCES = (0.3, 0.05, 0.01)
 SPARSE_EPS = 0.1
+OURS = ("triton dense", "triton recompute", "triton sparse")
+MOST_OFF = {"triton dense": 2e-3, "triton recompute": 2e-3, "triton sparse": 2e-2}
+"""Most that gradients in bfloat16 may be off, relative to the exact one's norm and before its own rounding; the last leaves
+out what is small."""
+TIMED_SHARE = 0.8
+"""Of a batch's time; what is left is for its gradients."""
+NO_TIME = "left out: no time"
 Variant = Callable[["Inputs"], None]
+Save = Callable[[], None]
 
 
 def ours(plan: str, eps: float = 0.0) -> Variant:
@@ -152,13 +165,18 @@ def peak_of(run: Variant, x: Inputs) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-def first_calls(x: Inputs, record: dict[str, Any], deadline: float) -> dict[str, Variant]:
-    """Builds and compiles every variant; those that cannot run here are recorded with the reason."""
+def first_calls(x: Inputs, record: dict[str, Any], deadline: float, save: Save) -> dict[str, Variant]:
+    """Builds and compiles every variant; those that cannot run here are recorded with the reason.
+
+    Not again those that have one in ``record``.
+    """
     able: dict[str, Variant] = {}
     for name, build in BUILDERS.items():
-        record[name] = entry = {}
+        entry = record.setdefault(name, {})
+        if "error" in entry:
+            continue
         if time.monotonic() > deadline:
-            entry["error"] = "left out: no time"
+            entry["error"] = NO_TIME
             continue
         try:
             run = build()
@@ -169,24 +187,41 @@ def first_calls(x: Inputs, record: dict[str, Any], deadline: float) -> dict[str,
             able[name] = run
         except Exception as error:  # a peer's failure, out of memory above all, is a result
             entry["error"] = f"{type(error).__name__}: {error}"[:400]
+            stop_if_lost(x, save)
         clear(x)
         empty_cache()
         print(f"  {name}: {entry}", flush=True)
+        save()
     return able
 
 
-def timings(x: Inputs, able: dict[str, Variant], rounds: int, deadline: float) -> dict[str, list[float]]:
-    """Every round times each variant once, after an untimed call that fills the allocator again."""
+def stop_if_lost(x: Inputs, save: Save) -> None:
+    save()
+    if lost(x.weight.device):
+        raise DeviceLost
+
+
+def timings(
+    x: Inputs, able: dict[str, Variant], record: dict[str, Any], rounds: int, deadline: float, save: Save
+) -> None:
+    """Every round times each variant once, after an untimed call that fills the allocator again; one round in any case."""
+    rows, (v, d) = x.labels.numel(), x.weight.shape
     seconds: dict[str, list[float]] = {name: [] for name in able}
-    for _ in range(rounds):
-        if time.monotonic() > deadline:
+    for number in range(rounds):
+        if number and time.monotonic() > deadline:
             break
-        for name, run in able.items():
-            seconds_of(run, x)
-            seconds[name].append(seconds_of(run, x))
+        for name, run in list(able.items()):
+            try:
+                seconds_of(run, x)
+                seconds[name].append(seconds_of(run, x))
+            except Exception as error:  # as above
+                record[name]["error"] = f"{type(error).__name__}: {error}"[:400]
+                del able[name]
+                stop_if_lost(x, save)
             clear(x)
             empty_cache()
-    return seconds
+            summarise(record, seconds, 2.0 * rows * v * d)
+            save()
 
 
 def density(x: Inputs) -> dict[str, float | str]:
@@ -201,55 +236,98 @@ def density(x: Inputs) -> dict[str, float | str]:
             "weight": float(kept.weight),
             "units": kept.units(),
         }
-    except Exception as failure:  # a result, as with the variants
-        return {"error": f"{type(failure).__name__}: {failure}"[:400]}
+    except Exception as error:  # a result, as with the variants
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
     empty_cache()
     return {**found}
 
 
-def gradient_errors(x: Inputs) -> dict[str, Any]:
-    """Relative errors of every variant's gradients against float64."""
+def gradient_errors(x: Inputs, found: dict[str, Any], deadline: float, save: Save) -> None:
+    """Relative errors of every variant's gradients against float64, and what is wrong with ours; not of those in ``found``."""
+    # Liger's divergence knows no soft-cap: with one its gradient is that of another loss
+    names = [name for name in (*OURS, "eager", *(["liger"] if x.softcap is None else [])) if name not in found]
+    if time.monotonic() > deadline:
+        found |= {name: {"error": NO_TIME} for name in names}
+        return
     exact = [leaf.detach().double().requires_grad_() for leaf in x.leaves()]
     plain_loss(exact[0], exact[1], exact[2], x.labels, x.pairs, x.softcap).backward()
     references = [leaf.grad for leaf in exact]
     del exact
-    found: dict[str, Any] = {}
-    # Liger's divergence knows no soft-cap: with one its gradient is that of another loss
-    for name in (
-        "triton dense",
-        "triton recompute",
-        "triton sparse",
-        "eager",
-        *(["liger"] if x.softcap is None else []),
-    ):
+    for name in names:
+        found[name] = entry = {}
+        if time.monotonic() > deadline:
+            entry["error"] = NO_TIME
+            continue
         clear(x)
         try:
             BUILDERS[name]()(x)
-            found[name] = {
-                part: ((leaf.grad.double() - exact_grad).norm() / exact_grad.norm()).item()
-                for part, leaf, exact_grad in zip(("target", "draft", "weight"), x.leaves(), references, strict=True)
-                if leaf.grad is not None and exact_grad is not None
-            }
-        except Exception as failure:  # as above
-            found[name] = f"{type(failure).__name__}: {failure}"[:400]
+            for part, leaf, reference in zip(("target", "draft", "weight"), x.leaves(), references, strict=True):
+                if leaf.grad is not None and reference is not None:
+                    entry[part] = ((leaf.grad.double() - reference).norm() / reference.norm()).item()
+                    rounded = (reference.to(leaf.dtype).double() - reference).norm()
+                    most = MOST_OFF.get(name, float("inf")) + (rounded / reference.norm()).item()
+                    if not entry[part] <= most:  # NaN too
+                        entry["error"] = (
+                            f"wrong: the gradient of {part} is off by {entry[part]:.3g}, {most:.3g} is right"
+                        )
+                elif name in OURS:
+                    entry["error"] = f"wrong: there is no gradient of {part}"
+        except Exception as error:  # as above
+            entry["error"] = f"{type(error).__name__}: {error}"[:400]
+            stop_if_lost(x, save)
+        print(f"    {name}: {entry}", flush=True)
+        save()
     clear(x)
     empty_cache()
-    return found
 
 
-def measured(x: Inputs, smaller: dict[str, Callable[[], Inputs]], rounds: int, deadline: float) -> dict[str, Any]:
-    """Everything of one batch; ``smaller`` makes those whose gradients are compared with float64."""
+def measured(
+    x: Inputs,
+    smaller: dict[str, Callable[[], Inputs]],
+    rounds: int,
+    deadline: float,
+    record: dict[str, Any],
+    save: Save,
+) -> None:
+    """Everything of one batch into ``record``; ``smaller`` makes those whose gradients are compared with float64.
+
+    ``record`` may hold what a process found that could not go on: what failed there is not tried again.
+    """
     v, d = x.weight.shape
     rows = x.labels.numel()
     print(f"  V={v} D={d} rows={rows} per stream", flush=True)
-    record: dict[str, Any] = {"vocabulary": v, "hidden": d, "softcap": x.softcap, "rows": rows, "variants": {}}
-    record["gradient_errors"] = {name: gradient_errors(small()) for name, small in smaller.items()}
-    record["density"] = density(x)
-    print(f"  gradient errors: {record['gradient_errors']}\n  density: {record['density']}", flush=True)
-    able = first_calls(x, record["variants"], deadline)
-    seconds = timings(x, able, rounds, deadline)
-    summarise(record["variants"], seconds, 2.0 * rows * v * d)
-    return record
+    record |= {"vocabulary": v, "hidden": d, "softcap": x.softcap, "rows": rows}
+    variants = record.setdefault("variants", {})
+    now = time.monotonic()
+    timed_until = now + TIMED_SHARE * (deadline - now)
+    able = first_calls(x, variants, timed_until, save)
+    timings(x, able, variants, rounds, timed_until, save)
+    for name, entry in variants.items():
+        if "median_seconds" in entry:
+            print(line(name, entry), flush=True)
+    if "density" not in record:
+        record["density"] = density(x)
+        stop_if_lost(x, save)
+    print(f"  density: {record['density']}", flush=True)
+    for name, small in smaller.items():
+        print(f"  gradients, {name}", flush=True)
+        found = record.setdefault("gradient_errors", {}).setdefault(name, {})
+        gradient_errors(small(), found, deadline, save)
+
+
+def errors_of_ours(results: dict[str, Any]) -> list[str]:
+    """A line each; among them what no time was left for."""
+    lines = []
+    for name, record in results.items():
+        if not isinstance(record, dict) or "variants" not in record:
+            continue
+        parts = {"": record["variants"], "density, ": {OURS[2]: record.get("density", {})}}
+        parts |= {f"gradients, {of}, ": found for of, found in record.get("gradient_errors", {}).items()}
+        for of, found in parts.items():
+            for variant in OURS:
+                if "error" in found.get(variant, {}):
+                    lines.append(f"{name}, {of}{variant}: {found[variant]['error']}")
+    return lines
 
 
 def summarise(record: dict[str, Any], seconds: dict[str, list[float]], units: float) -> None:
@@ -265,10 +343,14 @@ def summarise(record: dict[str, Any], seconds: dict[str, list[float]], units: fl
         entry["tflops"] = share * 6 * units / median / 1e12
         ratios = [a / b for a, b in zip(values, base, strict=False)]
         entry["times_six_products"] = statistics.median(ratios) if ratios else None
-        print(
-            f"  {name:30} {1e3 * median:9.2f} ms ({1e3 * min(values):.2f} .. {1e3 * max(values):.2f})  "
-            f"{entry['tflops']:7.1f} TFLOP/s  {entry['peak_bytes'] / 2**30:7.2f} GiB", flush=True,
-        )  # fmt: skip
+
+
+def line(name: str, entry: dict[str, Any]) -> str:
+    values = entry["seconds"]
+    return (
+        f"  {name:30} {1e3 * entry['median_seconds']:9.2f} ms ({1e3 * min(values):.2f} .. {1e3 * max(values):.2f})  "
+        f"{entry['tflops']:7.1f} TFLOP/s  {entry['peak_bytes'] / 2**30:7.2f} GiB"
+    )
 
 
 def hardware() -> dict[str, Any]:
@@ -294,13 +376,22 @@ def main() -> None:
         "--states", type=Path, help="safetensors with target, draft, weight and labels of a trained model"
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does every path run?")
+    parser.add_argument("--go-on", action="store_true", help="with the results there are, without what failed in them")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    if args.dry_run:
+        prepare()
     start = time.monotonic()
     device, rows, few = ("cpu", 8, 8) if args.dry_run else ("cuda", args.rows, 64)
     out = Path(os.environ.get("OUT") or RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"consistency_loss_gpu{'_dry_run' if args.dry_run else ''}.json"
-    results: dict[str, Any] = {"machine": hardware(), "dtype": "bfloat16", "omega": OMEGA}
+    results: dict[str, Any] = json.loads(path.read_text()) if args.go_on and path.exists() else {}
+    results |= {"machine": hardware(), "dtype": "bfloat16", "omega": OMEGA}
+
+    def save() -> None:
+        written(path, results)
+
     shapes = list((TINY if args.dry_run else SHAPES).items())
     names = [name for name, _ in shapes] + (["trained model"] if args.states else [])
     for i, name in enumerate(names):
@@ -313,11 +404,19 @@ def main() -> None:
             batch = load(args.states, rows, device)
             smaller = {"its first rows": partial(batch.first, 8 * few)}
         deadline = start + args.seconds * (i + 1) / len(names)
-        results[name] = measured(batch, smaller, 1 if args.dry_run else args.rounds, deadline)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        try:
+            rounds = 1 if args.dry_run else args.rounds
+            measured(batch, smaller, rounds, deadline, results.setdefault(name, {}), save)
+        except DeviceLost:
+            left = start + args.seconds - time.monotonic()
+            start_over("bench.bench_consistency_loss_gpu", "--seconds", f"{left:.0f}", "--go-on")
+        save()
         del batch, smaller
         empty_cache()
     print(path)
+    errors = errors_of_ours(results)
+    print("".join(f"{error}\n" for error in errors), end="")
+    sys.exit(any(not error.endswith(NO_TIME) for error in errors))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,10 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout, with "-dirty" where the code differs from it; None outside of git."""
+    """Of the checkout, with "-dirty" where the code differs from it; None outside of git. DIFFPO_COMMIT, where it is set, is
+    what a copy of the files knows of it."""
+    if known := os.environ.get("DIFFPO_COMMIT"):
+        return known
 
     def git(*arguments: str) -> str:
         asked = ["git", "-C", str(RESULTS.parent), *arguments]
@@ -118,9 +121,16 @@ def command() -> str:
     return shlex.join(["python", *start, *words])
 
 
+def written(path: Path, results: dict[str, Any]) -> None:
+    """As JSON, in one step: whatever ends the process, the file is whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
+
+
 def save(name: str, results: dict[str, Any]) -> Path:
     """Writes bench/results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    written(path, results)
     return path

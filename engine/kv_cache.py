@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.errors import OutOfMemory
 from engine.kernels import PAGE_SIZE, KVLayout, kv_cache_shapes
 from engine.kernels.flash_attention import PAGES_PER_RUN
+from engine.kernels.triton_choice import forced_on_cpus
 
 
 class PagePool:
@@ -80,7 +81,7 @@ class KVCache:
         pages = -(-pages // run) * run
         self.flash_rows = flash_rows
         self.pool = PagePool(pages, run)
-        self.layout: KVLayout = layout or ("panels" if device.type == "cpu" else "nhd")
+        self.layout: KVLayout = layout or ("panels" if device.type == "cpu" and not forced_on_cpus() else "nhd")
         k_shape, v_shape = kv_cache_shapes(pages, kv_heads, head_dim, self.layout)
         self.k = _zeros((layers, *k_shape), dtype, device).unbind(0)
         self.v = _zeros((layers, *v_shape), dtype, device).unbind(0)

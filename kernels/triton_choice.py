@@ -60,16 +60,31 @@ def _wrong_chip(device: torch.device) -> str | None:
 def choose_triton(impl: Impl, tensor: Tensor, supported: bool, requirement: str) -> bool:
     """Whether to launch the Triton kernel: where it is asked for, and by default on a GPU.
 
-    ``supported`` says whether the inputs fit the kernel, ``requirement`` what they must be.
+    ``supported`` says whether the inputs fit the kernel, ``requirement`` what they must be; on a GPU it is said in the log,
+    once for each requirement, that they do not.
     """
-    if impl != "triton" and not (impl == "auto" and tensor.is_cuda):
+    if impl != "triton" and not (impl == "auto" and (tensor.is_cuda or (tensor.is_cpu and forced_on_cpus()))):
         return False
     reason = reason_against_triton(tensor)
     if reason is None and not supported:
         reason = f"it needs {requirement}"
+        if impl == "auto":
+            _say_unsupported(requirement)
     if reason and impl == "triton":
         raise ValueError(f'impl="triton" cannot run here: {reason}; use impl="auto" or impl="torch"')
     return reason is None
+
+
+@functools.cache
+def forced_on_cpus() -> bool:
+    """Whether CPU tensors are treated like a GPU's: with ``DIFFPO_KERNELS=triton`` the engine runs on its Triton kernels in
+    Triton's interpreter, for tests."""
+    return os.environ.get("DIFFPO_KERNELS") == "triton"
+
+
+@functools.cache
+def _say_unsupported(requirement: str) -> None:
+    logger.warning("a Triton kernel is not launched, PyTorch's operations run instead: it needs %s", requirement)
 
 
 def is_triton_layout(*tensors: Tensor | None) -> bool:

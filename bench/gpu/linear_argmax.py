@@ -1,17 +1,13 @@
-"""Projection to the vocabulary with the argmax or a sample, against products that leave logits in memory.
-
-python -m bench.gpu.linear_argmax    times candidates for the table of tiles on this machine's GPU
-"""
+"""Projection to the vocabulary with the argmax or a sample, against products that leave logits in memory."""
 
 import functools
 from collections.abc import Callable, Iterator
 from itertools import product
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench.gpu.case import Case
+from bench.gpu.case import Case, difference, tensors
 from engine.kernels import LinearWeight, linear_argmax, linear_sample
 from engine.kernels.gumbel_noise import gumbel_noise
 
@@ -23,6 +19,8 @@ SHAPES = {  # d, vocabulary, soft-cap
 }
 ROWS = (256, 1, 16, 64, 128, 1024)
 TEMPERATURE = 0.7
+BOUND = 1e-4
+"""Of ``regret``: what float32 sums in another order, and the noise's logarithms, may change."""
 
 
 def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
@@ -47,13 +45,15 @@ def pair(
     seeds = positions = torch.arange(rows, device=device)
     moved, flops = (v * d + rows * d) * x.element_size(), 2 * rows * v * d
     ours = functools.partial(linear_argmax, x, weight, softcap=softcap, impl="triton")
-    yield Case("linear_argmax", shape, variants(ours, greedy, x, w, softcap), moved, flops)
+    error = functools.partial(regret, x, w, softcap, 0.0)
+    yield Case("linear_argmax", shape, variants(ours, greedy, x, w, softcap), moved, flops, error, BOUND)
     ours = functools.partial(
         linear_sample, x, weight, temperature=temperature, seeds=seeds, positions=positions, softcap=softcap,
         impl="triton",
     )  # fmt: skip
     noise = torch.cat([gumbel_noise(seeds[i : i + 1], positions[i : i + 1], v).float() for i in range(rows)])
-    yield Case("linear_sample", shape, variants(ours, drawn, x, w, softcap, noise), moved, flops)
+    error = functools.partial(regret, x, w, softcap, TEMPERATURE * noise)
+    yield Case("linear_sample", shape, variants(ours, drawn, x, w, softcap, noise), moved, flops, error, BOUND)
 
 
 def variants(
@@ -68,7 +68,23 @@ def variants(
 def capped_logits(x: Tensor, w: Tensor, softcap: float | None) -> Tensor:
     """In float32, as ours are: rounded to bfloat16, many would be equal."""
     z = torch.mm(x, w.T, out_dtype=torch.float32) if x.is_cuda else x @ w.T
+    return capped(z, softcap)
+
+
+def capped(z: Tensor, softcap: float | None) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def regret(x: Tensor, w: Tensor, softcap: float | None, noise: Tensor | float, output: object) -> float:
+    """How much lower than the highest the chosen logits (with noise) are, and how far off the values given for them; relative
+    to the highest. Not whether the index is the same: of two that are nearly equal either may come out."""
+    z = torch.cat([capped(x.float() @ part.float().T, softcap) for part in w.split(1 << 15)], -1) + noise
+    best = z.amax(-1)
+    index, *values = tensors(output)
+    if not ((index >= 0) & (index < len(w))).all():
+        raise ValueError("an index lies outside of the vocabulary")
+    chosen = z.gather(-1, index[:, None])[:, 0]
+    return max(((best - chosen) / best.abs()).max().item(), *(difference(value, best) for value in values), 0.0)
 
 
 def greedy(x: Tensor, w: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -79,31 +95,3 @@ def greedy(x: Tensor, w: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]
 def drawn(x: Tensor, w: Tensor, softcap: float | None, noise: Tensor) -> tuple[Tensor, None]:
     """With noise that has been made before: the work of making it is ours alone."""
     return (capped_logits(x, w, softcap) + TEMPERATURE * noise).argmax(-1), None
-
-
-def main() -> None:
-    """Prints the time of every candidate tile, for somebody to write the best into the table."""
-    import triton
-
-    from engine.kernels.gpu import linear_argmax as gpu
-    from engine.kernels.gpu.logits_tile import Tiles
-
-    d, v, softcap = SHAPES["gemma-2-9b"]
-    weight = LinearWeight(torch.randn(v, d, dtype=torch.bfloat16, device="cuda"), v, d, packed=False)
-    for rows in ROWS:
-        x = torch.randn(rows, d, dtype=torch.bfloat16, device="cuda")
-        width = min(128, max(16, triton.next_power_of_2(rows)))
-        for columns, depth, warps, stages in product((64, 128, 256), (64, 128), (4, 8), (3, 4, 5)):
-            first = width < 128
-            t = Tiles(width, columns, depth, warps, stages, first, 1 if first else 8)
-            with mock.patch.object(gpu, "tiles", lambda *_, t=t: t):
-                try:
-                    seconds = triton.testing.do_bench(lambda x=x: linear_argmax(x, weight, softcap=softcap)) / 1e3
-                except triton.runtime.errors.OutOfResources:
-                    continue
-            print(f"{rows:5} rows {seconds * 1e6:9.1f} us {v * d * 2 / seconds / 1e9:7.0f} GB/s "
-                  f"{2 * rows * v * d / seconds / 1e12:6.0f} TFLOP/s  {t}", flush=True)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

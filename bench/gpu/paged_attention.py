@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.gpu.case import Case
+from bench.gpu.case import Case, difference, rounding
 from engine.kernels import PAGE_SIZE, paged_attention
 from engine.kernels.flash_attention import PAGES_PER_RUN, flash_indices
 from engine.kernels.native import Impl
@@ -84,8 +86,10 @@ def case(work: Work, device: torch.device) -> Case:
     variants["eager"] = functools.partial(dense, work, q, *unpaged(work, k, v, table))
     if device.type == "cuda":
         variants["torch.compile"] = functools.partial(torch.compile(dense), work, q, *unpaged(work, k, v, table))
-        if not work.softcap and not work.window:
-            variants["sdpa"] = functools.partial(sdpa, work, q, *unpaged(work, k, v, table))
+    if not work.softcap and not work.window:
+        variants["sdpa"] = functools.partial(sdpa, work, q, *unpaged(work, k, v, table))
+    if work.softcap:
+        variants["flex attention"] = flex(work, q, *unpaged(work, k, v, table))
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         variants["flash-attn 2"] = flash_attention_2(work, q, k, v, table, starts, first)
     if importlib.util.find_spec("flash_attn_interface") is not None:
@@ -93,7 +97,14 @@ def case(work: Work, device: torch.device) -> Case:
     size, span = dtype.itemsize, work.sequences * work.keys * work.kv_heads * work.head_dim
     rows = work.sequences * work.rows * work.heads * work.head_dim
     flops = 4 * work.sequences * work.seen * work.heads * work.head_dim
-    return Case("paged_attention", work.name, variants, 2 * size * (span + rows), flops)
+
+    def error(out: object) -> float:
+        wide = (part.float() for part in unpaged(work, k, v, table))
+        return difference(out, dense(work, q.float(), *wide))
+
+    # the weights are rounded before the product with V, and what comes out
+    bound = 2 * rounding(dtype) if dtype.itemsize == 2 else 1e-5
+    return Case("paged_attention", work.name, variants, 2 * size * (span + rows), flops, error, bound)
 
 
 def inputs(work: Work, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -142,8 +153,30 @@ def dense(work: Work, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(work: Work, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    seen = mask(work, q.device)
+    """Without a mask as a tensor, with which PyTorch would not take its flash attention; a single row sees every key."""
+    seen = causal_lower_right(work.rows, work.prefix + work.rows) if work.rows > 1 else None
     return packed(F.scaled_dot_product_attention(queries(work, q), k, v, attn_mask=seen, enable_gqa=True))
+
+
+def flex(work: Work, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """Cap and mask compiled into PyTorch's kernel; which blocks the mask touches is found here, as once per step."""
+
+    def score(s: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return work.softcap * torch.tanh(s / work.softcap) if work.softcap else s
+
+    def seen(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        query = row + work.prefix
+        return (key <= query) & (key > query - work.window) if work.window else key <= query
+
+    blocks = create_block_mask(seen, None, None, work.rows, work.prefix + work.rows, device=q.device.type)
+    attention = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+
+    def call() -> Tensor:
+        out = attention(queries(work, q), k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return packed(out)
+
+    return call
 
 
 def flash_attention_2(

@@ -42,7 +42,7 @@ def kernel_lines(results: dict[str, Any]) -> list[Line]:
 def of_kernel(variants: dict[str, Any]) -> str:
     """Time and share of the floor's speed, and the fastest of the others beside it."""
     ours = variants["ours"]
-    if "median_seconds" not in ours:
+    if "error" in ours or "median_seconds" not in ours:
         return f"failed: {ours.get('error', 'not timed')}"
     others = {name: v["median_seconds"] for name, v in variants.items() if name != "ours" and "median_seconds" in v}
     text = f"{1e6 * ours['median_seconds']:.1f} µs, {ours['share_of_floor']:.0%}"

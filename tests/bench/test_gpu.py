@@ -1,35 +1,25 @@
-"""What the GPU benchmark makes of its measurements, and that all of it runs."""
+"""What the GPU benchmark makes of its measurements of kernels."""
 
 import importlib
-import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.gpu import engine, kernels, paged_attention, targets, timing
-from bench.gpu.case import Case
-from bench.gpu.host_gaps import FIRST, LAST, Work, idle_between_steps, step_seconds
-from bench.gpu.models import multiplied_weights
+from bench.gpu.case import Case, difference
 from bench.gpu.paged_attention import WORK
 from bench.gpu.run import ours_failed
 from bench.gpu.timing import Stopwatch
 from engine.roofline import Roofline
+from tests.bench.gpu_cases import CPU, Clock, case_of
 from tests.kernels.flash_stand_in import varlen
-
-ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 def test_the_floor_is_the_larger_of_bytes_and_arithmetic() -> None:
@@ -44,9 +34,8 @@ def test_a_case_records_every_variant_and_what_fails() -> None:
     def broken() -> object:
         raise RuntimeError("no such shape")
 
-    case = Case(
-        "doubling", "6", {"eager": lambda: x + x, "ours": lambda: 2 * x, "off": lambda: 2.2 * x, "peer": broken}, 48, 6
-    )
+    variants = {"eager": lambda: x + x, "ours": lambda: 2 * x, "off": lambda: 2.2 * x, "peer": broken}
+    case = case_of(variants, 2 * x)
     record = kernels.one(case, Stopwatch(CPU), Roofline(1e9, 1e9), rounds=2)
     variants = record["variants"]
     assert variants["eager"]["difference_from_ours"] == 0
@@ -56,22 +45,60 @@ def test_a_case_records_every_variant_and_what_fails() -> None:
     assert variants["ours"]["share_of_floor"] == pytest.approx(
         record["floor_seconds"] / variants["ours"]["median_seconds"]
     )
+    assert (variants["ours"]["off_by"], variants["ours"]["may_be_off_by"]) == (0, 1e-3)
     assert not ours_failed([record])
     case.variants["ours"] = broken
     assert ours_failed([kernels.one(case, Stopwatch(CPU), Roofline(1e9, 1e9), rounds=1)])
 
 
+@pytest.mark.parametrize("factor", [2.01, float("nan")])
+def test_a_wrong_result_is_a_failure_though_it_is_timed(factor: float) -> None:
+    x = torch.arange(6.0)
+    record = kernels.one(case_of({"ours": lambda: factor * x}, 2 * x), Stopwatch(CPU), Roofline(1e9, 1e9), rounds=1)
+    ours = record["variants"]["ours"]
+    assert "wrong: off by" in ours["error"]
+    assert ours["median_seconds"] > 0
+    assert ours_failed([record])
+    assert targets.of_kernel(record["variants"]).startswith("failed: wrong")
+
+
+@pytest.mark.parametrize("operation", [name for name in kernels.OPERATIONS if name != "paged_attention"])
+def test_outputs_of_every_operation_are_held_against_a_reference(operation: str) -> None:
+    """On a CPU in place of Triton's: what is right passes, what is a little wrong does not."""
+    for case in importlib.import_module(f"bench.gpu.{operation}").cases(CPU, tiny=True):
+        right = case.variants["eager"]()
+        right = tuple(part.clone() for part in (right if isinstance(right, tuple) else (right,)) if part is not None)
+        assert case.error(right) <= case.bound
+        wrong = tuple(part + 1 if not part.is_floating_point() else 1.02 * part for part in right)
+        assert not case.error(wrong) <= case.bound
+
+
+def test_ceilings_measured_later_rate_what_was_measured_before() -> None:
+    x = torch.arange(6.0)
+    record = kernels.one(case_of({"ours": lambda: 2 * x}, 2 * x), Stopwatch(CPU), Roofline(1e9, 1e9), rounds=1)
+    share = record["variants"]["ours"]["share_of_floor"]
+    kernels.rated({"doubling": [record, {"error": "left out: no time"}]}, Roofline(2e9, 2e9))
+    assert record["variants"]["ours"]["share_of_floor"] == pytest.approx(share / 2)
+    step = {"bytes": 100, "flops": 0, "seconds": {"launched": 5.0, "graph": 2.0}}
+    engine.rated({"gemma": {"step": step}, "other": {"error": "broken"}}, Roofline(100.0, 1.0))
+    assert (step["floor_seconds"], step["over_floor"]) == (1.0, 2.0)
+
+
 def test_what_counts_as_a_failure() -> None:
     assert ours_failed({"linear_argmax": [{"error": "ValueError: wrong"}]})
     assert not ours_failed({"linear_argmax": [{"shape": "1", "error": "left out: no time"}]})
-    assert not ours_failed({"gemma": {"step": {"rows": 1}}})
+    assert not ours_failed({"gemma": {"step": {"rows": 1}, "batch 1": {"errors_of_peers": {"generate": "broken"}}}})
+    assert ours_failed({"gemma": {"launched": {"error": "without a Triton kernel: rms_norm"}}})
 
 
 def test_integers_differ_by_their_share() -> None:
     a = torch.tensor([1, 2, 3, 4])
-    assert kernels.difference((a, a.float()), (a.clone(), a.float())) == 0
-    assert kernels.difference(a, torch.tensor([1, 2, 3, 5])) == 0.25
-    assert kernels.difference(None, None) is None
+    assert difference((a, a.float()), (a.clone(), a.float())) == 0
+    assert difference(a, torch.tensor([1, 2, 3, 5])) == 0.25
+    with pytest.raises(ValueError, match="nothing to compare"):
+        difference(None, None)
+    with pytest.raises(ValueError, match=r"got \(4,\), expected \(2,\)"):
+        difference(a, a[:2])
 
 
 def test_every_shape_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +116,7 @@ def test_every_shape_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         for n in range(2, 14):
             program = torch.compile(double, dynamic=False, backend=backend)
             x = torch.ones(n, device=device)
-            yield Case("doubling", str(n), {"ours": partial(double, x), "compiled": partial(program, x)}, n, n)
+            yield case_of({"ours": partial(double, x), "compiled": partial(program, x)}, 2 * x, str(n))
 
     monkeypatch.setattr(kernels, "OPERATIONS", ("doubling",))
     monkeypatch.setitem(sys.modules, "bench.gpu.doubling", SimpleNamespace(cases=cases))
@@ -97,28 +124,18 @@ def test_every_shape_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found["doubling"]) == len(compiled) == 12
 
 
-class Clock:
-    """Stands in for the module ``time``; moved by hand."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    perf_counter = monotonic
-
-
 def test_an_operation_without_time_leaves_it_to_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(kernels, "time", clock)
     monkeypatch.setattr(timing, "time", clock)
 
-    def tenth_of_a_second() -> None:
+    def tenth_of_a_second() -> torch.Tensor:
         clock.now += 0.1
+        return torch.ones(1)
 
     def cases(device: torch.device, *, tiny: bool) -> Iterator[Case]:
         for name in ("slow", "later", "last"):  # called at least four times each: more than a third of the time
-            yield Case("waiting", name, {"ours": tenth_of_a_second}, 1, 1)
+            yield case_of({"ours": tenth_of_a_second}, torch.ones(1), name)
 
     def broken(device: torch.device, *, tiny: bool) -> Iterator[Case]:
         raise RuntimeError("no such module")
@@ -144,56 +161,14 @@ def test_flash_attention_finds_the_same_keys_in_its_runs_of_pages(monkeypatch: p
     torch.testing.assert_close(paged_attention.flash_attention_2(work, *inputs)(), expected)
 
 
-def test_idle_time_lies_between_the_last_kernel_of_a_step_and_the_first_of_the_next() -> None:
-    work = [
-        Work(LAST, 0, 10), Work(FIRST, 14, 20), Work("gemm", 25, 50), Work(LAST, 50, 60),
-        # a copy to the host, and one beside it on another stream
-        Work("Memcpy DtoH", 63, 65), Work("Memset", 64, 70), Work(FIRST, 75, 76), Work(LAST, 90, 91),
-    ]  # fmt: skip
-    assert idle_between_steps(reversed(work)) == pytest.approx([4e-6, 8e-6])
-    assert idle_between_steps(work[:1]) == []
-    assert step_seconds(work) == pytest.approx([46e-6, 16e-6])
-
-
-def test_what_was_compiled_is_timed_though_that_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(engine, "time", clock)
-    calls: list[str] = []
-
-    def variant(name: str, first: float) -> Callable[[], list[list[int]]]:
-        def call() -> list[list[int]]:
-            clock.now += 1.0 if name in calls else first
-            calls.append(name)
-            return [[1, 2, 3]]
-
-        return call
-
-    variants = {"refine": variant("refine", 3.0), "generate": variant("generate", 60.0), "late": variant("late", 1.0)}
-    record = engine.compared(variants, [[1, 2, 3]], rounds=3, deadline=50.0)
-    assert calls == ["refine", "generate"] * 2
-    assert record["first_call_seconds"] == {"refine": 3.0, "generate": 60.0}
-    assert record["seconds"] == {"refine": [1.0], "generate": [1.0]}
-    assert record["times_faster_than_generate"] == {"refine": 1.0}
-
-
-def test_the_model_that_targets_are_set_for_gets_most_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: dict[str, float] = {}
-
-    def of_model(name: str, *given: object, tiny: bool, deadline: float) -> Iterator[dict[str, Any]]:
-        shares[name] = deadline
-        yield {}
-
-    monkeypatch.setattr(engine, "time", Clock())
-    monkeypatch.setattr(engine, "of_model", of_model)
-    list(engine.measure(Stopwatch(CPU), Roofline(1e9, 1e9), tiny=False, deadline=100.0))
-    assert shares == dict(zip(engine.MODELS, (60.0, 50.0, 100.0), strict=True))  # each left all that it had
-
-
-def test_an_embedding_counts_only_where_it_is_the_head() -> None:
-    sizes = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
-    for tied in (False, True):
-        config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied)
-        assert multiplied_weights(LlamaForCausalLM(config)) == 4 * 8 * 8 + 3 * 8 * 12 + 50 * 8
+def test_peers_of_attention_see_the_same_keys() -> None:
+    """Single rows, no prefix and one behind a prefix; with a cap and a window."""
+    shapes = [(1, 40, None, 0), (5, 0, None, 0), (5, 40, None, 0), (5, 40, 5.0, 0), (1, 40, 5.0, 24), (5, 40, 5.0, 24)]
+    for rows, prefix, softcap, window in shapes:
+        case = paged_attention.case(paged_attention.Work("tiny", 4, 2, 16, softcap, window, 2, rows, prefix), CPU)
+        assert set(case.variants) == {"ours", "eager", "flex attention" if softcap else "sdpa"}
+        for call in case.variants.values():
+            assert case.error(call()) <= case.bound
 
 
 def test_targets_are_shown_with_what_was_found() -> None:
@@ -225,36 +200,3 @@ def test_targets_are_set_for_shapes_that_are_measured(operation: str, shape: str
     small = dict.fromkeys(getattr(module, "SHAPES", {}), (16, 32, None)) if operation.startswith("linear") else None
     with mock.patch.object(module, "SHAPES", small) if small else nullcontext():
         assert any(case.shape == shape for case in module.cases(CPU, tiny=False) if case.operation == operation)
-
-
-@pytest.mark.slow
-def test_the_whole_command_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Every stage, with a test of each file and without compiling what ours is compared with."""
-    variables = {"OUT": str(tmp_path), "PYTHON": sys.executable, "JOBS": "0", "FEW": "1", "TORCHDYNAMO_DISABLE": "1"}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= variables | {"OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "bench/gpu.sh"), "--dry-run"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "kernels_gpu_dry_run.json").read_text())["kernels"]
-    timed = {case["operation"] for records in found.values() for case in records if case["variants"]["ours"]["seconds"]}
-    assert timed == {operation for operation, _, _ in targets.KERNELS}
-    record = json.loads((tmp_path / "engine_gpu_dry_run.json").read_text())["engine"]["tiny"]
-    assert record["step"]["seconds"]["launched"] > 0
-    assert record["host_gaps"]["steps"] > 4
-    whole = record["one_launch"]["no draft"]
-    assert (whole["tokens_equal"], whole["launches"] < whole["steps"] / 2) == (1, True)
-    for batch in ("batch 1", "batch 2"):
-        assert record[batch]["right_draft_kept"] == 1
-        assert record[batch]["tokens_equal_to_generate"] == 1
-    assert "public script's loop, random draft" in record["batch 1"]["seconds"]
-    assert (
-        "triton dense" in json.loads((tmp_path / "consistency_loss_gpu_dry_run.json").read_text())["tiny"]["variants"]
-    )
-
-
-def test_unknown_stages_are_refused() -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench/gpu.sh"), "--stages", "tests,speed"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (2, "unknown stage speed\n")

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.kernels import triton_choice
 from engine.kernels.triton_choice import choose_triton, reason_against_triton
+from engine.kv_cache import KVCache
 
 pytest.importorskip("triton")
 
@@ -32,6 +33,32 @@ def test_chips_from_ampere_on(on_gpu: torch.Tensor) -> None:
     assert reason_against_triton(on_gpu) is None
     assert choose_triton("auto", on_gpu, True, "")
     assert not choose_triton("torch", on_gpu, True, "")
+
+
+def test_inputs_that_do_not_fit_are_told_of_once(on_gpu: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    triton_choice._say_unsupported.cache_clear()
+    with caplog.at_level(logging.WARNING, "engine.kernels"):
+        for _ in range(2):
+            assert not choose_triton("auto", on_gpu, False, "contiguous inputs")
+        assert not choose_triton("torch", on_gpu, False, "other inputs")
+        with pytest.raises(ValueError, match="it needs other inputs"):
+            choose_triton("triton", on_gpu, False, "other inputs")
+    [record] = caplog.records
+    assert "it needs contiguous inputs" in record.getMessage()
+    triton_choice._say_unsupported.cache_clear()
+
+
+def test_tensors_on_a_cpu_only_where_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by who has set TRITON_INTERPRET for kernels of his own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for forced in (None, "triton", "other"):
+        if forced:
+            monkeypatch.setenv("DIFFPO_KERNELS", forced)
+        triton_choice.forced_on_cpus.cache_clear()
+        assert choose_triton("auto", torch.empty(2), True, "") == (forced == "triton")
+        cache = KVCache(1, 1, 1, 16, torch.float32, torch.device("cpu"))
+        assert cache.layout == ("nhd" if forced == "triton" else "panels")
+    triton_choice.forced_on_cpus.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])

@@ -14,6 +14,19 @@ ROOT = Path(__file__).parents[2]
 OLDEST = "3.6.0"
 SOME = "24"
 """Compilations out of all, spread over operations, shapes and chips: they take most of a second each."""
+ON_SM_90 = (
+    "consistency_loss-gemma-2-9b",
+    "gated_activation-gemma-2-9b, 2048 rows",
+    "jacobi-64 slots, 2048 rows",
+    "linear_argmax-gemma-2-9b, 1 row",
+    "linear_argmax-gemma-2-9b, 256 rows",
+    "linear_sample-gemma-2-9b, 256 rows",
+    "paged_attention-gemma-2-2b, 4 rows of 4",
+    "paged_attention-gemma-2-9b, 256 rows of 1",
+    "rms_norm-gemma-2-9b",
+    "rope_kv_write-gemma-2-9b",
+)
+"""Of every operation a shape, or as many as all of its kernels take."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,6 +65,14 @@ def run(oldest: Path, *arguments: str, **variables: str) -> str:
 
 def test_compiles_without_spills_and_on_tensor_cores(oldest: Path) -> None:
     assert f"{SOME} passed" in run(oldest, "--few", SOME, "tests/kernels/test_triton_compile.py")
+
+
+def test_compiles_every_kernel_for_one_chip(oldest: Path) -> None:
+    """Those above are few, and may leave out all of an operation's for a chip."""
+    tables = (ROOT / "bench/results/triton_aot").glob("*.json")
+    assert {shape.partition("-")[0] for shape in ON_SM_90} == {table.stem for table in tables}
+    tests = [f"tests/kernels/test_triton_compile.py::test_figures[{shape}-90]" for shape in ON_SM_90]
+    assert f"{len(tests)} passed" in run(oldest, *tests)
 
 
 def test_interprets(oldest: Path) -> None:
