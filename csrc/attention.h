@@ -77,7 +77,7 @@ static void attend_tile(const AttentionArgs& a, const AttentionTile& t, float* q
     const int64_t start = page * kPage, block = a.block_table[t.sequence * a.table_stride + page];
     const float* k_page = a.k_cache + (block * a.kv_heads + t.kv_head) * d * kPage;
     const float* v_page = a.v_cache + (block * a.kv_heads + t.kv_head) * kPage * dv;
-    tile_rows(rows, kPage, d, q_tile, 1, kRows, k_page, Columns{kPage, 0}, scores, Columns{kPage, 0}, false);
+    tile_rows(rows, kPage, d, q_tile, 1, kRows, k_page, SideBySide{kPage}, scores, SideBySide{kPage}, false);
     for (int r = 0; r < rows; ++r) {
       const int64_t first = a.window > 0 ? std::max<int64_t>(0, position[r] - a.window + 1 - start) : 0;
       const float shrink = softmax_page(st, r, a.softcap, first, std::min<int64_t>(kPage, position[r] + 1 - start));
@@ -89,8 +89,8 @@ static void attend_tile(const AttentionArgs& a, const AttentionTile& t, float* q
       const int64_t used = std::min<int64_t>(kPage, position[r] + 1 - start);
       for (end = r + 1; end < rows && std::min<int64_t>(kPage, position[end] + 1 - start) == used;) ++end;
       if (used <= 0) continue;
-      const Columns side_by_side{dv, kPanel};
-      tile_rows(end - r, dv, used, scores + r * kPage, kPage, 1, v_page, side_by_side, out_tile + r * dv, side_by_side, true);
+      const SideBySide place{dv};
+      tile_rows(end - r, dv, used, scores + r * kPage, kPage, 1, v_page, place, out_tile + r * dv, place, true);
     }
   }
   for (int r = 0; r < rows; ++r) {

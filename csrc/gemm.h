@@ -13,14 +13,19 @@ template <class T>
 using RowElement = float;
 #endif
 
-// Where a tile's columns lie: 32 side by side in rows of `row`, the next 32 a `panel` further; pairs count as one. Bits do not
-// depend on a tile's width. A wide one keeps the processor busy where rows are few, for each accumulator waits for itself.
-struct Columns {
+// Where a tile's columns lie: side by side, in rows of `row`.
+struct SideBySide {
+  int64_t row;
+  int64_t at(int64_t column) const { return column; }
+};
+// Or 32 of them side by side, the next 32 a `panel` further; pairs count as one. Bits do not depend on a tile's width. A wide one
+// keeps the processor busy where rows are few, for each accumulator waits for itself.
+struct Panels {
   int64_t row, panel;
   int64_t at(int64_t column) const { return column / kPanel * panel + column % kPanel; }
 };
 
-template <int MR, int NV>
+template <int MR, int NV, class Columns>
 static inline void put_tile(Vec (&acc)[MR][NV], float* c, Columns place, bool accumulate) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -32,7 +37,7 @@ static inline void put_tile(Vec (&acc)[MR][NV], float* c, Columns place, bool ac
 }
 
 // c[r, 0:NV*W] (+)= sum_k a[r * row_stride + k * k_stride] * b[k, 0:NV*W]
-template <int MR, int NV>
+template <int MR, int NV, class Columns>
 static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const float* b, Columns from,
                         float* c, Columns to, bool accumulate) {
   Vec acc[MR][NV] = {};
@@ -48,11 +53,11 @@ static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64
       for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
     }
   }
-  put_tile<MR, NV>(acc, c, to, accumulate);
+  put_tile(acc, c, to, accumulate);
 }
 
 // The same of pairs of bfloat16 weights, b[k / 2][from.row][2]: a vector of pairs is a shift and a mask away from two of floats.
-template <int MR, int NV>
+template <int MR, int NV, class Columns>
 static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64_t k_stride, const uint16_t* b, Columns from,
                         float* c, Columns to, bool accumulate) {
   Vec acc[MR][NV] = {};
@@ -72,13 +77,13 @@ static inline void tile(int64_t k_len, const float* a, int64_t row_stride, int64
         for (int v = 0; v < NV; ++v) acc[r][v] += av * bv[v];
       }
     }
-  put_tile<MR, NV>(acc, c, to, accumulate);
+  put_tile(acc, c, to, accumulate);
 }
 
 #if defined(DIFFPO_PAIR_PRODUCTS)
 // Where the processor multiplies pairs of bfloat16, x is rounded to them: a[r * row_stride + k / 2 * k_stride] is one pair, and
 // each instruction adds its two products to a float. In assembly because compilers move the accumulators out of the registers.
-template <int MR, int NV>
+template <int MR, int NV, class Columns>
 static inline void tile(int64_t k_len, const Pair* a, int64_t row_stride, int64_t k_stride, const uint16_t* b, Columns from,
                         float* c, Columns to, bool accumulate) {
   Vec acc[MR][NV] = {};
@@ -92,12 +97,12 @@ static inline void tile(int64_t k_len, const Pair* a, int64_t row_stride, int64_
       for (int v = 0; v < NV; ++v)
         asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc[r][v]) : "v"(bv[v]), "m"(a[r * row_stride + k * k_stride]));
   }
-  put_tile<MR, NV>(acc, c, to, accumulate);
+  put_tile(acc, c, to, accumulate);
 }
 #endif
 
 // Tiles over `columns` of them, as wide as the registers hold; columns that are no multiple of W are left out.
-template <int MR, class A, class T>
+template <int MR, class A, class T, class Columns>
 static inline void tiles(int64_t columns, int64_t k_len, const A* a, int64_t row_stride, int64_t k_stride, const T* b, Columns from,
                          float* c, Columns to, bool accumulate) {
   int64_t col = 0;
@@ -109,7 +114,7 @@ static inline void tiles(int64_t columns, int64_t k_len, const A* a, int64_t row
 #undef DIFFPO_WIDTH
 }
 
-template <class A, class T>
+template <class A, class T, class Columns>
 static inline void tile_rows(int rows, int64_t columns, int64_t k_len, const A* a, int64_t row_stride, int64_t k_stride, const T* b,
                              Columns from, float* c, Columns to, bool accumulate) {
 #define DIFFPO_CASE(R) \
@@ -174,7 +179,7 @@ static void group_rows(const LinearArgs& a, Pair* out, int64_t first_tile, int64
 template <class A, class T>
 static void panel_product(const Rows<A>& x, int64_t row0, int64_t m, const T* weight, int64_t panels, int64_t chain, float* c) {
   const int64_t tiles = (m + kRows - 1) / kRows;
-  const Columns from{kPanel, panel_size<T>(x.k) / kSideBySide<T>}, to{kPanel, m * kPanel};
+  const Panels from{kPanel, panel_size<T>(x.k) / kSideBySide<T>}, to{kPanel, m * kPanel};
   for (int64_t k0 = 0; k0 < x.k; k0 += chain) {
     const int64_t len = std::min(chain, x.k - k0);
     const char* next = reinterpret_cast<const char*>(weight + (k0 + len) * kPanel);
@@ -208,7 +213,8 @@ static void for_each_block(const LinearArgs& a, const Use& use) {
   const int64_t blocks = (a.m + kBlockM - 1) / kBlockM;
   const int threads = a.m * a.n * a.k < 65536 ? 1 : (int)std::min<int64_t>(a.threads, blocks * panels);
   (void)threads;
-  const int64_t together = a.m <= 2 * kRows ? 4 : 1;  // panels: for tiles of few rows to be wide
+  const int64_t last_rows = (a.m - 1) % kRows + 1;
+  const int64_t together = a.m <= 2 * kRows && (last_rows + 1) * 4 < REGISTERS ? 4 : 1;  // panels: for the last tile to be wide
 #pragma omp parallel num_threads(threads)
   {
     const int64_t team = DIFFPO_TEAM, rank = DIFFPO_RANK;
