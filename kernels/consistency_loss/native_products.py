@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.kernels.linear import PANEL, WEIGHT_TYPES, panel_shape
 from engine.kernels.native import Native, new_output
 
+FEW_ROWS = 64
 DEPTH = 128  # products that are added up in a row: the longer chains of others lose up to a factor 1.6 and gain no time
 
 
@@ -35,23 +36,25 @@ class Products(Protocol):
 
 def products(hidden: Tensor, dtype: torch.dtype, block: int, library: Native) -> Products:
     """``hidden``: the group's, float32; ``dtype``: the problem's; ``block``: rows of the head at most."""
-    by = native_type(dtype, library)
+    by = native_type(dtype, len(hidden), library)
     return BlasProducts(hidden, block) if by is None else NativeProducts(hidden, by, block, library)
 
 
-def native_type(dtype: torch.dtype, library: Native) -> torch.dtype | None:
+def native_type(dtype: torch.dtype, rows: int, library: Native) -> torch.dtype | None:
     """What the C++ kernels multiply of a problem of ``dtype``; None where a BLAS is the faster one.
 
-    On Intel's processors float32 is best left to MKL. On others it does not use AVX-512.
+    On Intel's processors float32 is best left to MKL. On others it does not use AVX-512. Of few rows a BLAS may add up each in
+    an order of its own, which the small differences of a draft from its teacher do not survive: with two threads MKL was off
+    by 8e-6 of the gradient's norm.
     """
     if dtype is torch.bfloat16 and library.multiplies_bfloat16:
         return torch.bfloat16
-    return torch.float32 if library.outruns_blas else None
+    return torch.float32 if library.outruns_blas or rows <= FEW_ROWS else None
 
 
 def held_bytes(dtype: torch.dtype, rows: int, block: int, d: int, library: Native) -> int:
     """What products with all gradients hold at most, hidden states aside."""
-    by = native_type(dtype, library)
+    by = native_type(dtype, rows, library)
     if by is not None:  # regrouped rows too, of one product at a time
         return 4 * block * d + by.itemsize * (block * d + rows * (d + max(d, block)))
     return 0 if dtype is torch.float32 else 8 * block * d
