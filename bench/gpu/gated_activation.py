@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu import liger
 from bench.gpu.case import Case, difference, rounding
 from engine.kernels import gated_activation
 from engine.kernels.gated_activation import Activation
@@ -31,6 +32,11 @@ def case(device: torch.device, rows: int, width: int, activation: Activation) ->
         "eager": lambda: eager(gate_up),
         "torch.compile": lambda: program(gate_up),
     }
+    if activation == "silu" and (joined := liger.forward("swiglu", "LigerFusedGateUpSiLUMulFunction")):
+        variants["liger"] = lambda: joined(gate_up)
+    if activation == "gelu_tanh" and (apart := liger.forward("geglu", "LigerGELUMulFunction")):
+        gate, up = (part.contiguous() for part in gate_up.chunk(2, dim=-1))  # what it reads, and would copy to
+        variants["liger"] = lambda: apart(gate, up)
     moved = 3 * rows * width * gate_up.element_size()
     shape = f"{activation} {rows} x {width}"
     # computed in float32 and rounded once

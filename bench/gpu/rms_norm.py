@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu import liger
 from bench.gpu.case import Case, difference, rounding
 from engine.kernels import rms_norm
 
@@ -42,12 +43,21 @@ def case(device: torch.device, rows: int, d: int) -> Case:
 
     scratch = torch.empty_like(residual)
     program = torch.compile(eager, dynamic=False)
+    variants = {"ours": ours, "eager": eager_and_copy, "torch.compile": compiled}
+    if fused := liger.forward("fused_add_rms_norm", "LigerFusedAddRMSNormFunction"):
+
+        def theirs() -> tuple[Tensor, Tensor]:
+            scratch.copy_(residual)
+            normalised, h = fused(x, scratch, weight, EPS, 0.0, "gemma")  # all of it in float32, as ours
+            return normalised, h
+
+        variants["liger"] = theirs
     # every variant copies the residual first: two more of the matrices to move
     moved = (4 + 2) * rows * d * dtype.itemsize
     return Case(
         "rms_norm",
         f"{rows} x {d}",
-        {"ours": ours, "eager": eager_and_copy, "torch.compile": compiled},
+        variants,
         moved,
         5 * rows * d,
         lambda out: difference(out, eager(x, residual)),  # computed in float32 and rounded once, as ours
