@@ -35,12 +35,13 @@ def case(device: torch.device, slots: int, size: int) -> Case:
 
         return call
 
+    program = torch.compile(variant("torch"), dynamic=False)
     moved = sum(2 * getattr(state, name).nbytes for name in changed)
     moved += rows.token_ids.nbytes * 3 + 4 * slots * (DRAFT + size // slots)
     return Case(
         "jacobi_accept",
         f"{slots} sequences, {size} rows, drafts of {DRAFT}",
-        {"ours": variant("triton"), "eager": variant("torch")},
+        {"ours": variant("triton"), "eager": variant("torch"), "torch.compile": program},
         moved,
         0,
         lambda out: difference(out, variant("torch")()),
