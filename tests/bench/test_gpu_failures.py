@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import bench_consistency_loss_gpu
+from bench.consistency_loss_gpu_variants import eager
 from bench.gpu import kernels
 from bench.gpu.case import Case
 from bench.gpu.restart import DeviceLost
@@ -112,7 +113,7 @@ def test_what_is_wrong_with_the_loss_is_an_error() -> None:
 
     def off(factor: float) -> Callable[[], Callable[[Any], None]]:
         def run(x: Any) -> None:
-            bench_consistency_loss_gpu.eager(x)
+            eager(x)
             x.draft.grad *= factor
 
         return lambda: run
