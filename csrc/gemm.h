@@ -1,8 +1,8 @@
 // y = x W^T over packed weights. Every output is one chain of multiply-adds over k (fused where the processor can), cut into
 // blocks of `chain` k that are added in order: the same chain for any number of rows, so a row's bits do not depend on the batch.
 
-constexpr int kRows = MAX_ROWS;      // rows of one register tile
-constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one: 264 or 132
+constexpr int kRows = MAX_ROWS;          // rows of one register tile
+constexpr int64_t kBlockM = 22 * kRows;  // rows that pass over a block of the panel before the next one
 
 using Pair = uint32_t;  // two bfloat16, the first in the lower half
 #if defined(DIFFPO_PAIR_PRODUCTS)
